@@ -1,0 +1,1 @@
+"""Triton kernels of pipekern, imported as ``pipekern.kernels``; one op a file."""

@@ -1,0 +1,96 @@
+"""What every transport offers: links between stages, and one view of the whole job.
+
+A :class:`Link` is one direction between two ends, first in, first out, with a fixed number of slots. The
+sending rank holds its :class:`Sender`, the receiving rank its :class:`Receiver`. A message is any nested
+tuple, list or dict of tensors and plain values (see ``message.py``). Sends never wait: without a free slot
+``send`` returns False and the caller tries again later. Receives wait, and every wait ends: with the
+message, with the job's abort, with a peer's death, or at the deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+
+class Link(NamedTuple):
+    """One direction between two ends.
+
+    ``name`` is unique in a job and the same on both ranks; ``slots`` is the most messages that may be between
+    arrival and last use at once, at least 1.
+    """
+
+    name: str
+    source: int
+    target: int
+    slots: int
+
+
+class Message(NamedTuple):
+    """What a receiver returns: the value, and the sender's batch digest (0: none)."""
+
+    value: Any
+    digest: int
+
+
+class Sender(Protocol):
+    """The sending end of a link."""
+
+    link: Link
+
+    def send(self, tag: int, value: Any, digest: int = 0) -> bool:
+        """Copy ``value`` into the next slot, or return False at once when no slot is free.
+
+        Tensors may be of any device, dtype, layout and shape, and may require gradients: whether a tensor does
+        is told to the receiver. Raises what :meth:`Transport.check` raises.
+        """
+        ...
+
+
+class Receiver(Protocol):
+    """The receiving end of a link."""
+
+    link: Link
+
+    def ready(self) -> bool:
+        """True when :meth:`recv` would not wait."""
+        ...
+
+    def recv(self, tag: int, wait: float | None = None) -> Message | None:
+        """The next message, whose tag must be ``tag``, else ``MessageMismatch`` with both.
+
+        Tensors are views of the slot where the transport can do so; the slot's credit returns when the last of
+        them dies. Those that required gradients at the sender are leaves that require gradients here. ``wait``
+        in seconds: return None after it; None waits until the message, an abort, a death or the deadline.
+        """
+        ...
+
+    def held(self) -> list[tuple[int, ...]]:
+        """Shapes of received tensors whose slots are still in use (empty where slots are not shared)."""
+        ...
+
+    def owns(self, pointer: int) -> bool:
+        """Whether the address lies in one of this link's slots (False where slots are not shared)."""
+        ...
+
+
+class Transport(Protocol):
+    """One job's links, as this process sees them."""
+
+    name: str
+
+    def open(self, links: Sequence[Link]) -> tuple[dict[str, Sender], dict[str, Receiver]]:
+        """Open ``links``, the same list on every rank; returns this process's ends, by link name. Once a job."""
+        ...
+
+    def check(self) -> None:
+        """Raise ``PeerDied``, ``Aborted``, ... if the job has failed; cheap enough for every instruction."""
+        ...
+
+    def abort(self, error: BaseException, where: str) -> None:
+        """Make every rank of the job raise: ``where`` names rank, stage, micro-batch and instruction."""
+        ...
+
+    def close(self) -> None:
+        """Leave the job and free everything. Calling it twice is fine."""
+        ...
