@@ -1,0 +1,11 @@
+// One function a subject: each adds its names to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pipekern {
+
+void bind_transport(pybind11::module_& m);
+void bind_schedule(pybind11::module_& m);
+
+}  // namespace pipekern

@@ -1,0 +1,7 @@
+#include "bindings/bind.h"
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "pipekern's compiled parts: the shared-memory transport and the schedule core.";
+    pipekern::bind_transport(m);
+    pipekern::bind_schedule(m);
+}
