@@ -106,7 +106,7 @@ def _server() -> ForkServerContext:
 def _rendezvous(store: str) -> Iterator[dict[str, str]]:
     """Where the ranks meet: MASTER_ADDR, MASTER_PORT and who holds the store."""
     if store == "outside":
-        from torch.distributed.distributed_c10d import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported at run time only
 
         server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
         yield {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
