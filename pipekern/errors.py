@@ -12,11 +12,11 @@ class ConfigError(PipekernError, ValueError):
 
 
 class ScheduleError(PipekernError):
-    """A schedule that cannot run. ``faults`` lists every fault found, not only the first."""
+    """A schedule that cannot run. ``faults`` lists every fault found, not only the first; ``mend`` says what to do."""
 
-    def __init__(self, summary: str, faults: list[str] | None = None):
+    def __init__(self, summary: str, faults: list[str] | None = None, mend: str = ""):
         self.faults = list(faults or [])
-        lines = [summary, *(f"  * {fault}" for fault in self.faults)]
+        lines = [summary, *(f"  * {fault}" for fault in self.faults), *([mend] if mend else [])]
         super().__init__("\n".join(lines))
 
 

@@ -7,20 +7,30 @@ Text form, one line a rank, read back by :meth:`Schedule.parse`::
     1F0 1BW0 1F1 1BW1
 
 An action is written stage, operation, micro-batch. Operations: ``F`` forward, ``B`` gradient of the stage's
-input, ``W`` gradient of its weights, ``BW`` both at once.
+input, ``W`` gradient of its weights, ``BW`` both at once. A forward that overlaps the backward after it is
+joined to it: ``0F3&7BW1``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipekern.errors import ScheduleError
 
+if TYPE_CHECKING:
+    from pipekern.schedule.comms import Program
+    from pipekern.schedule.simulate import Costs
+    from pipekern.trace.timeline import Timeline
+
 OPS = ("F", "B", "W", "BW")
 _ACTION = re.compile(r"(\d+)(BW|F|B|W)(\d+)")
+_HEAD = re.compile(
+    r"pipekern-schedule name=(.+) microbatches=(\d+) stage_rank=(\d+(?:,\d+)*)(?: chains=(\d+))?( asynchronous)?"
+)
 
 
 class Action(NamedTuple):
@@ -46,14 +56,20 @@ class Action(NamedTuple):
 class Schedule:
     """Who computes what, in which order. Nothing here is checked: see :meth:`check`.
 
-    ``stage_rank[s]`` is the rank of stage ``s``; ``actions[r]`` the order of rank ``r``. A micro-batch goes
-    through the stages in ascending order.
+    ``stage_rank[s]`` is the rank of stage ``s``; ``actions[r]`` the order of rank ``r``. The stages form
+    ``chains`` chains of equal length, in ascending order; each chain holds the whole model, and the
+    micro-batches are dealt to them in equal runs. One chain is the rule; two make a schedule with two
+    directions and each weight twice. ``pairs`` holds the forwards that overlap the full backward after them.
+    An asynchronous schedule updates weights before every gradient of the step is there.
     """
 
     name: str
     microbatches: int
     stage_rank: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
+    chains: int = 1
+    pairs: frozenset[Action] = frozenset()
+    synchronous: bool = True
 
     @property
     def ranks(self) -> int:
@@ -63,36 +79,108 @@ class Schedule:
     def stages(self) -> int:
         return len(self.stage_rank)
 
+    @property
+    def depth(self) -> int:
+        """Stages that one micro-batch goes through."""
+        return self.stages // self.chains
+
     @cached_property
     def chunks(self) -> int:
-        """The most stages that one rank holds."""
-        return max((self.stage_rank.count(rank) for rank in range(self.ranks)), default=0)
+        """The most stages that one rank holds of one chain."""
+        return max((self.share(stage) for stage in range(self.stages)), default=0)
+
+    @property
+    def duplicates_weights(self) -> bool:
+        return self.chains > 1
+
+    @cached_property
+    def trains(self) -> bool:
+        """Whether there is any backward; without one it is an order for evaluation."""
+        return any(action.op != "F" for row in self.actions for action in row)
+
+    @cached_property
+    def runnable(self) -> bool:
+        """Whether the executor can run it; else it can only be simulated."""
+        whole = all(action.op in ("F", "BW") for row in self.actions for action in row)
+        return whole and self.chains == 1 and self.synchronous and not self.pairs
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages that ``rank`` holds, ascending."""
         return [stage for stage, owner in enumerate(self.stage_rank) if owner == rank]
 
+    @cached_property
+    def _shares(self) -> tuple[int, ...]:
+        count: dict[tuple[int, int], int] = {}
+        keys = [(owner, stage // self.depth) for stage, owner in enumerate(self.stage_rank)]
+        for key in keys:
+            count[key] = count.get(key, 0) + 1
+        return tuple(count[key] for key in keys)
+
+    def share(self, stage: int) -> int:
+        """Number of stages into which the share of ``stage``'s rank is cut: the stage is one of so many."""
+        return self._shares[stage]
+
+    def next_stage(self, stage: int) -> int | None:
+        """The stage that gets the output of ``stage``; None after the last."""
+        return stage + 1 if (stage + 1) % self.depth else None
+
+    def previous_stage(self, stage: int) -> int | None:
+        """The stage that feeds ``stage``; None before the first."""
+        return stage - 1 if stage % self.depth else None
+
+    def path(self, microbatch: int) -> range:
+        """The stages that ``microbatch`` goes through, in order."""
+        first = microbatch * self.chains // self.microbatches * self.depth
+        return range(first, first + self.depth)
+
     def forward_only(self) -> Schedule:
         """The same order with the forwards alone: what evaluation runs."""
         forwards = tuple(tuple(a for a in row if a.op == "F") for row in self.actions)
-        return Schedule(f"{self.name} (forward)", self.microbatches, self.stage_rank, forwards)
+        return Schedule(f"{self.name} (forward)", self.microbatches, self.stage_rank, forwards, self.chains)
+
+    def check(self) -> None:
+        """Raise ``ScheduleError`` that lists every fault, if there is any."""
+        self.program()
+
+    def program(self) -> Program:
+        """This schedule with sends and receives; raises ``ScheduleError`` as :meth:`check` does."""
+        from pipekern.schedule.comms import program
+
+        return program(self)
+
+    def simulate(self, costs: Costs) -> Timeline:
+        """The exact timeline under ``costs``; raises ``ScheduleError`` where the order deadlocks."""
+        from pipekern.schedule.simulate import simulate
+
+        return simulate(self, costs)
 
     def __str__(self) -> str:
         ranks = ",".join(map(str, self.stage_rank))
         head = f"pipekern-schedule name={self.name} microbatches={self.microbatches} stage_rank={ranks}"
-        return "\n".join([head, *(" ".join(map(str, row)) for row in self.actions)]) + "\n"
+        head += f" chains={self.chains}" * (self.chains > 1) + " asynchronous" * (not self.synchronous)
+        return "\n".join([head, *map(self._row, self.actions)]) + "\n"
+
+    def _row(self, row: tuple[Action, ...]) -> str:
+        return "".join(f"{action}{'&' if action in self.pairs else ' '}" for action in row).rstrip(" ")
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
         """Read the text form; raises ``ScheduleError`` with the line at fault."""
-        head, *rows = text.rstrip("\n").split("\n")
-        match = re.fullmatch(r"pipekern-schedule name=(.+) microbatches=(\d+) stage_rank=(\d+(?:,\d+)*)", head)
+        head, *rows = text.splitlines() or [""]
+        match = _HEAD.fullmatch(head)
         if match is None:
             raise ScheduleError(f"first line {head!r} is not 'pipekern-schedule name=… microbatches=… stage_rank=…'")
-        actions = tuple(_parse_row(row) for row in rows)
-        return cls(match[1], int(match[2]), tuple(map(int, match[3].split(","))), actions)
+        stage_rank = tuple(map(int, match[3].split(",")))
+        while len(rows) > max(stage_rank) + 1 and not rows[-1].strip():
+            rows.pop()
+        words = [row.split() for row in rows]
+        actions = tuple(tuple(Action.parse(part) for word in row for part in word.split("&")) for row in words)
+        pairs = frozenset(_pairs(words))
+        return cls(match[1], int(match[2]), stage_rank, actions, int(match[4] or 1), pairs, not match[5])
 
 
-def _parse_row(row: str) -> tuple[Action, ...]:
-    return tuple(Action.parse(word) for word in row.split())
-
+def _pairs(words: list[list[str]]) -> Iterator[Action]:
+    for row in words:
+        for word in row:
+            for part in word.split("&")[:-1]:
+                yield Action.parse(part)

@@ -1,0 +1,34 @@
+"""Interleaved 1F1B: each rank holds several chunks of the model, so that the pipeline fills in smaller steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from pipekern.errors import ConfigError
+from pipekern.schedule.ir import Action
+from pipekern.schedule.one_f_one_b import warm_up_pairs_drain
+from pipekern.schedule.registry import MANY_CHUNKS, Grid, register
+
+
+@register("interleaved-1f1b", chunks=MANY_CHUNKS)
+def interleaved(grid: Grid) -> Iterator[Iterable[Action]]:
+    """The rows of all ranks: the ``k``-th forward runs chunk ``k // p mod v``, in groups of ``p`` micro-batches."""
+    ranks, microbatches, chunks, _ = grid
+    if microbatches % ranks:
+        below, above = microbatches // ranks * ranks, -(-microbatches // ranks) * ranks
+        nearest = below if below and microbatches - below < above - microbatches else above
+        raise ConfigError(
+            f"microbatches={microbatches}: interleaved-1f1b needs a multiple of ranks={ranks}; "
+            f"nearest microbatches={nearest}"
+        )
+    for rank in range(ranks):
+        turns = [_turn(k, ranks, chunks) for k in range(microbatches * chunks)]
+        forwards = [Action("F", chunk * ranks + rank, microbatch) for chunk, microbatch in turns]
+        backwards = [Action("BW", (chunks - 1 - chunk) * ranks + rank, microbatch) for chunk, microbatch in turns]
+        yield warm_up_pairs_drain(forwards, backwards, 2 * (ranks - rank - 1) + (chunks - 1) * ranks)
+
+
+def _turn(k: int, ranks: int, chunks: int) -> tuple[int, int]:
+    """Chunk and micro-batch of a rank's ``k``-th forward."""
+    group, place = divmod(k, ranks * chunks)
+    return place // ranks, group * ranks + place % ranks

@@ -1,0 +1,198 @@
+"""The exact timeline of a schedule under given costs, linear in the number of its actions.
+
+An action starts when its rank is free and everything that it waits for is there; a message is there ``comm`` after the
+end of what made it, and at once between stages of one rank. All times are computed as integers in a
+common fraction of a microsecond, so that a result is as exact as the costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from pipekern.errors import ConfigError, ScheduleError
+from pipekern.schedule.ir import Action, Schedule
+from pipekern.schedule.order import explain, sequential
+from pipekern.trace.timeline import Span, Timeline
+
+Cost = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times in microseconds of one micro-batch through a rank's whole share, or lists with one value a stage.
+
+    ``backward`` is the input gradient (B), ``weight`` the weight gradient (W), ``pair`` an overlapped F and BW
+    (default: their sum). ``comm`` is one message's latency, or a list with one value for each pair of
+    neighbouring stages (value ``s`` between stages ``s`` and ``s + 1``). ``kept`` is the share of an activation that
+    stays from its B to its W. Raises ``ConfigError`` for a value that is negative or not finite.
+    """
+
+    forward: Cost
+    backward: Cost
+    weight: Cost
+    comm: Cost = 0
+    kept: float = 1.0
+    pair: Cost | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward", "weight", "comm", "kept", "pair"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, Sequence) else () if value is None else (value,):
+                if not (number >= 0 and math.isfinite(number)):
+                    raise ConfigError(f"{name}={number} is not a finite number of at least 0; give a measured cost")
+        if self.kept > 1:
+            raise ConfigError(f"kept={self.kept} is more than 1, a whole activation; give a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class _Ticks:
+    """The costs of every stage as integers, ``scale`` of them a microsecond."""
+
+    scale: int
+    forward: list[int]
+    backward: list[int]
+    weight: list[int]
+    both: list[int]
+    comm: list[int]
+    pair: list[int] | None
+
+    @classmethod
+    def of(cls, schedule: Schedule, costs: Costs) -> _Ticks:
+        stages = schedule.stages
+        exact = [_per_stage(schedule, name, getattr(costs, name)) for name in ("forward", "backward", "weight")]
+        exact.append(_listed("comm", costs.comm, stages - 1, lambda _: 1))
+        if costs.pair is not None:
+            exact.append(_per_stage(schedule, "pair", costs.pair))
+        scale = math.lcm(*(value.denominator for values in exact for value in values))
+        ticks = [[int(value * scale) for value in values] for values in exact]
+        both = [b + w for b, w in zip(ticks[1], ticks[2], strict=True)]
+        return cls(scale, ticks[0], ticks[1], ticks[2], both, ticks[3], ticks[4] if costs.pair is not None else None)
+
+    def of_op(self, op: str) -> list[int]:
+        return {"F": self.forward, "B": self.backward, "W": self.weight, "BW": self.both}[op]
+
+
+def _per_stage(schedule: Schedule, name: str, cost: Cost) -> list[Fraction]:
+    return _listed(name, cost, schedule.stages, schedule.share)
+
+
+def _listed(name: str, cost: Cost, count: int, parts: Callable[[int], int]) -> list[Fraction]:
+    if not isinstance(cost, Sequence):
+        return [Fraction(cost) / parts(index) for index in range(count)]
+    if len(cost) != count:
+        raise ConfigError(f"{name} has {len(cost)} values; this schedule needs one number or {count} values")
+    return [Fraction(value) for value in cost]
+
+
+def simulate(schedule: Schedule, costs: Costs) -> Timeline:
+    """The timeline of one step, sends never blocking; raises ``ScheduleError`` where the order deadlocks.
+
+    ``peak_activations`` counts an activation whole from its F to its B and ``kept`` of it from its B to its W, in
+    activations of one micro-batch through the rank's whole share.
+    """
+    steps, stuck = sequential(schedule)
+    if stuck:
+        raise ScheduleError("schedule deadlocks", explain(schedule, stuck))
+    run = _Run(schedule, _Ticks.of(schedule, costs))
+    for rank, index in steps:
+        run.step(rank, index)
+    scale = run.ticks.scale
+    starts = [row[0][1] if row else 0 for row in run.spans]
+    makespan = max(run.clock, default=0)
+    span = max((end - start for start, end in zip(starts, run.clock, strict=True)), default=0)
+    return Timeline(
+        spans=tuple(_span(rank, *one, scale) for rank, row in enumerate(run.spans) for one in row),
+        makespan=_number(makespan, scale),
+        span=_number(span, scale),
+        busy=[_number(busy, scale) for busy in run.busy],
+        peak_activations=[_peak(schedule, row, Fraction(costs.kept)) for row in schedule.actions],
+        messages=run.messages,
+    )
+
+
+class _Run:
+    """The state of a simulation: every rank's clock, and when each result is there."""
+
+    def __init__(self, schedule: Schedule, ticks: _Ticks):
+        self.schedule = schedule
+        self.ticks = ticks
+        self.clock = [0] * schedule.ranks
+        self.busy = [0] * schedule.ranks
+        self.spans: list[list[tuple[Action, int, int]]] = [[] for _ in range(schedule.ranks)]
+        self.messages = 0
+        self._output = [[0] * schedule.microbatches for _ in range(schedule.stages)]
+        self._gradient = [[0] * schedule.microbatches for _ in range(schedule.stages)]
+
+    def step(self, rank: int, index: int) -> None:
+        row = self.schedule.actions[rank]
+        action = row[index]
+        pairs = self.schedule.pairs
+        if pairs and index and row[index - 1] in pairs:
+            return
+        start = max(self.clock[rank], self._arrival(rank, action))
+        if pairs and action in pairs:
+            backward = row[index + 1]
+            start = max(start, self._arrival(rank, backward))
+            end = start + self._pair_cost(action, backward)
+            self._done(rank, action, start, end)
+            self._done(rank, backward, start, end)
+        else:
+            end = start + self.ticks.of_op(action.op)[action.stage]
+            self._done(rank, action, start, end)
+        self.clock[rank] = end
+        self.busy[rank] += end - start
+
+    def _pair_cost(self, forward: Action, backward: Action) -> int:
+        if self.ticks.pair is not None:
+            return self.ticks.pair[forward.stage]
+        return self.ticks.forward[forward.stage] + self.ticks.both[backward.stage]
+
+    def _arrival(self, rank: int, action: Action) -> int:
+        """When the last message that ``action`` needs is there; its own rank's results are there in any case."""
+        op, stage, microbatch = action
+        if op == "F":
+            source, link, made = self.schedule.previous_stage(stage), stage - 1, self._output
+        elif op == "W":
+            return 0
+        else:
+            source, link, made = self.schedule.next_stage(stage), stage, self._gradient
+        if source is None or self.schedule.stage_rank[source] == rank:
+            return 0
+        self.messages += 1
+        return made[source][microbatch] + self.ticks.comm[link]
+
+    def _done(self, rank: int, action: Action, start: int, end: int) -> None:
+        op, stage, microbatch = action
+        if op == "F":
+            self._output[stage][microbatch] = end
+        elif op != "W":
+            self._gradient[stage][microbatch] = end
+        self.spans[rank].append((action, start, end))
+
+
+def _peak(schedule: Schedule, row: Sequence[Action], kept: Fraction) -> float:
+    shares = math.lcm(1, *(schedule.share(action.stage) for action in row))
+    scale = shares * kept.denominator
+    stays = int(kept * kept.denominator)
+    held = peak = 0
+    for op, stage, _ in row:
+        unit = shares // schedule.share(stage)
+        if op == "F":
+            held += unit * kept.denominator
+            peak = max(peak, held)
+        else:
+            held -= unit * {"B": kept.denominator - stays, "W": stays, "BW": kept.denominator}[op]
+    return _number(peak, scale)
+
+
+def _span(rank: int, action: Action, start: int, end: int, scale: int) -> Span:
+    return Span(rank, *action, _number(start, scale), _number(end, scale))
+
+
+def _number(ticks: int, scale: int) -> float:
+    """``ticks / scale``, as an int where it is one."""
+    whole, rest = divmod(ticks, scale)
+    return ticks / scale if rest else whole
