@@ -1,0 +1,164 @@
+"""What may travel between stages, and how it is taken apart: a descriptor in JSON, and tensors.
+
+A value is any nesting of tuples, lists and dicts with text keys over tensors, None, bool, int, float, str and
+``torch.Size``. :func:`pack` splits it, :func:`unpack` puts it together again. No pickle: nothing that arrives
+can run code. Types are taken exactly, so that nothing changes its class on the way without a word: a named
+tuple or a tensor subclass is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipekern.errors import ConfigError, TransportError
+
+# The order is part of the message format: a tensor's header holds its dtype's place in this list.
+DTYPES: tuple[torch.dtype, ...] = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex32,
+    torch.complex64,
+    torch.complex128,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+)
+DTYPE_CODE: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+class TensorSpec(NamedTuple):
+    """What a receiver must know of a tensor before its bytes: ``shape`` in elements."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    requires_grad: bool
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Packed(NamedTuple):
+    """A value taken apart: ``tensors`` are detached, contiguous, on the CPU, and may share memory with the value."""
+
+    descriptor: bytes
+    tensors: list[Tensor]
+
+
+def pack(value: Any) -> Packed:
+    """Take ``value`` apart; raises ``ConfigError`` naming the type and the place of what cannot travel."""
+    tensors: list[Tensor] = []
+    specs: list[list[Any]] = []
+
+    def encode(item: Any, place: str) -> Any:
+        kind = type(item)
+        if item is None or kind in (bool, int, float, str):
+            return item
+        if isinstance(item, Tensor):
+            tensors.append(plain(item, place))
+            specs.append([DTYPE_CODE[item.dtype], list(item.shape), item.requires_grad])
+            return ["tensor"]
+        if kind is torch.Size:
+            return ["size", list(item)]
+        if kind in (tuple, list):
+            return [kind.__name__, [encode(part, f"{place}[{i}]") for i, part in enumerate(item)]]
+        if kind is dict:
+            return ["dict", {_key(key, place): encode(part, f"{place}[{key!r}]") for key, part in item.items()}]
+        raise ConfigError(
+            f"{place} is a {kind.__module__}.{kind.__qualname__}; between stages go tensors, None, bool, int, float "
+            "and str, in tuples, lists and dicts: convert it at the end of the stage"
+        )
+
+    tree = encode(value, "the value")
+    return Packed(json.dumps({"tensors": specs, "value": tree}, separators=(",", ":")).encode(), tensors)
+
+
+def specs(descriptor: bytes) -> list[TensorSpec]:
+    """The tensors that belong to ``descriptor``, in order; raises ``TransportError`` if it is damaged."""
+    return [TensorSpec(DTYPES[code], tuple(shape), grad) for code, shape, grad in _load(descriptor)["tensors"]]
+
+
+def unpack(descriptor: bytes, tensors: Sequence[Tensor]) -> Any:
+    """The value again, over ``tensors``; those that required gradients become leaves that do.
+
+    Raises ``TransportError`` if the tensors are not those that the descriptor names.
+    """
+    tree = _load(descriptor)
+    wanted = [(DTYPES[code], tuple(shape)) for code, shape, _ in tree["tensors"]]
+    given = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
+    if wanted != given:
+        raise TransportError(f"a message announces the tensors {wanted} and brings {given}")
+    leaves = (
+        tensor.requires_grad_() if grad else tensor
+        for tensor, (_, _, grad) in zip(tensors, tree["tensors"], strict=True)
+    )
+
+    def decode(item: Any) -> Any:
+        if not isinstance(item, list):
+            return item
+        kind = item[0]
+        if kind == "tensor":
+            return next(leaves)
+        if kind == "dict":
+            return {key: decode(part) for key, part in item[1].items()}
+        if kind == "size":
+            return torch.Size(item[1])
+        parts = [decode(part) for part in item[1]]
+        return tuple(parts) if kind == "tuple" else parts
+
+    return decode(tree["value"])
+
+
+def plain(tensor: Tensor, place: str = "the value") -> Tensor:
+    """``tensor`` detached, contiguous, in CPU memory, without lazy conjugation; raises ``ConfigError``."""
+    kind = type(tensor)
+    if kind is not Tensor and kind is not torch.nn.Parameter:
+        raise ConfigError(
+            f"{place} is a tensor subclass, {kind.__module__}.{kind.__qualname__}; only plain tensors go between "
+            "stages: convert it, for example with .as_subclass(torch.Tensor)"
+        )
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        raise ConfigError(
+            f"{place} is a tensor of layout {tensor.layout}, dtype {tensor.dtype}, device {tensor.device}; only dense "
+            "tensors with data go between stages: convert it, for example with .to_dense()"
+        )
+    if tensor.dtype not in DTYPE_CODE:
+        raise ConfigError(f"{place} is a tensor of dtype {tensor.dtype}, which no message can hold: cast it")
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous ``tensor`` as uint8 of shape ``(nbytes,)``, sharing its memory."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def _key(key: Any, place: str) -> str:
+    if type(key) is not str:
+        raise ConfigError(f"{place} is a dict with the key {key!r}; keys between stages are str: rename it")
+    return key
+
+
+def _load(descriptor: bytes) -> Any:
+    try:
+        return json.loads(descriptor)
+    except ValueError as error:
+        raise TransportError(f"a message's descriptor is damaged: {descriptor[:80]!r}") from error
