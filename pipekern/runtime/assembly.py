@@ -1,0 +1,145 @@
+"""The parts of a running pipeline, put together from its blueprint: stages on devices, links, executors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipekern.runtime.blueprint import Blueprint
+from pipekern.runtime.collective import Star, star_links
+from pipekern.runtime.deltas import Ties, tie_links
+from pipekern.runtime.executor import Executor
+from pipekern.runtime.loss import Loss, Verdict
+from pipekern.runtime.outgoing import Outgoing
+from pipekern.runtime.runner import Batch, Ends, Runner
+from pipekern.stage.random import unit_keys
+from pipekern.stage.stage import Stage
+from pipekern.stage.unit import Unit
+from pipekern.transport.base import Link, Receiver, Sender, Transport
+
+_TRAIN = {
+    "RECV_F": "receive_forward", "F": "forward", "SEND_F": "send_forward",
+    "RECV_B": "receive_backward", "BW": "backward", "SEND_B": "send_backward",
+}  # fmt: skip
+_EVALUATE = {"RECV_F": "receive_evaluate", "F": "evaluate", "SEND_F": "send_evaluate"}
+
+
+def links(blueprint: Blueprint) -> list[Link]:
+    """Every link of the job, in the same order on every rank: between stages, between holders of a weight, and the star."""
+    home = blueprint.schedule.stage_rank
+    between = [Link(f"{a}>{b}", home[a], home[b], slots) for (a, b), slots in sorted(blueprint.slots().items())]
+    return between + tie_links(blueprint.ties) + star_links(blueprint.schedule.ranks, blueprint.root_rank)
+
+
+class Assembly:
+    """The stages of this process and everything that runs them. ``rank`` is None where one process has every rank."""
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        rank: int | None,
+        stages: Mapping[int, Stage],
+        loss_fn: Callable[[Any, Any], Any],
+        transport: Transport,
+        ends: tuple[Mapping[str, Sender], Mapping[str, Receiver]],
+        timeout: float,
+    ):
+        self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
+        self.loss = Loss(loss_fn)
+        self.senders, self.receivers = ends
+        self.outgoing = Outgoing(transport, self.receivers.values(), timeout)
+        schedule = blueprint.schedule
+        self.star = Star(rank, schedule.ranks, blueprint.root_rank, self.outgoing, *ends)
+        self.parameters: dict[str, nn.Parameter] = dict(p for unit in self.units() for p in unit.named_parameters())
+        self.ties = Ties(rank, blueprint.ties, self.parameters, self.outgoing, *ends)
+        self._runners = {index: self._runner(stage) for index, stage in stages.items()}
+        for index, runner in self._runners.items():
+            after = schedule.next_stage(index)
+            if after is not None and schedule.stage_rank[after] == schedule.stage_rank[index]:
+                runner.next, self._runners[after].previous = self._runners[after], runner
+        self.train = Executor(self._runners, blueprint.train, rank, _TRAIN, self.outgoing, self._publish)
+        self.evaluate = Executor(self._runners, blueprint.evaluate, rank, _EVALUATE, self.outgoing, self._publish)
+        self._verdict: Verdict | None = None
+
+    def _runner(self, stage: Stage) -> Runner:
+        schedule, index = self.blueprint.schedule, stage.index
+        before, after = schedule.previous_stage(index), schedule.next_stage(index)
+        ends = Ends(
+            self.receivers.get(f"{before}>{index}"),
+            self.senders.get(f"{index}>{after}"),
+            self.receivers.get(f"{after}>{index}"),
+            self.senders.get(f"{index}>{before}"),
+        )
+        return Runner(stage, ends, self.outgoing, self.loss if after is None else None)
+
+    def _publish(self, batch: Batch) -> None:
+        self._verdict = self.loss.result()
+        self.star.publish(batch.tag, self._verdict.encode())
+
+    def verdict(self, batch: Batch) -> Verdict:
+        """The loss of the step that has just run: computed here, or received from the last stage."""
+        verdict, self._verdict = self._verdict, None
+        return Verdict.decode(self.star.receive(batch.tag)) if verdict is None else verdict
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices of this process's stages, each once."""
+        return list(dict.fromkeys(stage.device for stage in self.stages.values()))
+
+    def units(self) -> list[Unit]:
+        """The units of this process's stages, in the model's order."""
+        return [unit for stage in self.stages.values() for unit in stage.units]
+
+    def counted(self) -> dict[str, nn.Parameter]:
+        """The parameters that this process answers for in a sum over the model: a tied one on its owner, under its first name."""
+        first = {id(p): name for name, p in reversed(self.parameters.items())}
+        for tie in self.blueprint.ties if self.rank is not None else ():
+            if self.rank in tie.names and self.rank != min(tie.names):
+                del first[id(self.parameters[tie.names[self.rank]])]
+        return {name: self.parameters[name] for name in first.values()}
+
+    def modules(self) -> list[nn.Module]:
+        """The modules of this process's stages, and the root."""
+        return [self.blueprint.root, *(module for unit in self.units() for module in unit.train.modules())]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """This process's modules in evaluation mode, then back as they were."""
+        modes = [(module, module.training) for module in self.modules()]
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def held(self) -> list[str]:
+        """Received messages that something still holds: the link and the tensor's shape."""
+        return [f"{link} {list(shape)}" for link, end in self.receivers.items() for shape in end.held()]
+
+    def clear(self) -> None:
+        """Forget what an exception left half done, in one process."""
+        self.outgoing.clear()
+        self._verdict = None
+        for runner in self._runners.values():
+            runner.clear()
+
+
+def build_stages(blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], seed: int) -> dict[int, Stage]:
+    """The stages ``here``, with memory and weights, each on the device of its rank; ``devices`` is by rank."""
+    stages = {}
+    for index in here:
+        device = devices[blueprint.schedule.stage_rank[index]]
+        units = [unit.built() for unit in blueprint.stages[index]]
+        for unit in units:
+            unit.train.to(device)
+            unit.evaluate.to(device)
+        first = blueprint.first_unit[index]
+        keys = unit_keys(seed, blueprint.schedule.microbatches, range(first, first + len(units)))
+        stages[index] = Stage(index, blueprint.root, units, device, keys)
+    return stages

@@ -1,0 +1,144 @@
+"""What a pipeline will be, decided and checked before anything starts, and compared between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import pipekern
+from pipekern import schedule as schedules
+from pipekern.errors import ConfigError
+from pipekern.plan.partition import partition
+from pipekern.runtime.profile import LayerCosts
+from pipekern.schedule.comms import Program
+from pipekern.schedule.ir import Schedule
+from pipekern.stage.estimate import estimate
+from pipekern.stage.sharing import Tie, find_ties, refuse_shared_state
+from pipekern.stage.spec import LayerSpec
+from pipekern.stage.unit import Unit, cut
+
+Split = Sequence[int] | LayerCosts | None
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """``stages[s]`` are the units of stage s, ``first_unit[s]`` the index of its first; ``parameters`` every name in order."""
+
+    root: nn.Module
+    schedule: Schedule
+    train: Program
+    evaluate: Program
+    stages: list[list[Unit]]
+    first_unit: list[int]
+    ties: list[Tie]
+    parameters: list[str]
+    state: list[str]
+
+    @property
+    def root_rank(self) -> int:
+        """The rank of the last stage, which knows the loss first."""
+        return self.schedule.stage_rank[-1]
+
+    def slots(self) -> dict[tuple[int, int], int]:
+        """Slots of each link between stages: enough for training and for evaluation."""
+        return {key: max(count, self.evaluate.slots.get(key, 1)) for key, count in self.train.slots.items()}
+
+    def row(self) -> dict[str, Any]:
+        """What every rank must agree on."""
+        dtypes = sorted({str(p.dtype) for units in self.stages for unit in units for _, p in unit.named_parameters()})
+        return {
+            "schedule": self.schedule.name,
+            "micro-batches": self.schedule.microbatches,
+            "chunks": self.schedule.chunks,
+            "order of instructions": str(self.schedule),
+            "split": [len(units) for units in self.stages],
+            "parameters": self.parameters,
+            "dtype": ", ".join(dtypes),
+            "version of pipekern": pipekern.__version__,
+        }
+
+
+def draw(
+    model: nn.Module | Sequence[LayerSpec],
+    *,
+    ranks: int,
+    microbatches: int,
+    chunks: int | None,
+    schedule: str | Schedule,
+    split: Split,
+    seed: int,
+) -> Blueprint:
+    """Check every option and cut the model. Raises ``ConfigError`` or ``ScheduleError`` before anything starts."""
+    order = _schedule(schedule, ranks, microbatches, chunks)
+    root, units = cut(model, seed)
+    counts = _split(split, units, order)
+    starts = [sum(counts[:stage]) for stage in range(len(counts))]
+    stages = [units[start : start + count] for start, count in zip(starts, counts, strict=True)]
+    refuse_shared_state(stages)
+    parameters = [name for name, _ in root.named_parameters()] or [n for unit in units for n, _ in unit.named_parameters()]
+    state = list(root.state_dict()) or [unit.prefix + n for unit in units for n in unit.train.state_dict()]
+    return Blueprint(
+        root, order, order.program(), order.forward_only().program(), stages, starts, find_ties(stages, order.stage_rank), parameters, state
+    )
+
+
+def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: int | None) -> Schedule:
+    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+        raise ConfigError(f"microbatches={microbatches!r}; a step needs a whole number of at least 1")
+    if isinstance(schedule, str):
+        order = schedules.build(schedule, ranks=ranks, microbatches=microbatches, chunks=chunks)
+    else:
+        order = schedule
+        if (order.ranks, order.microbatches) != (ranks, microbatches):
+            raise ConfigError(
+                f"the schedule {order.name!r} is for {order.ranks} ranks and {order.microbatches} micro-batches, the pipeline has "
+                f"{ranks} and {microbatches}: build it for these"
+            )
+    if any(action.op in ("B", "W") for row in order.actions for action in row):
+        raise ConfigError(
+            f"the schedule {order.name!r} puts weight gradients off (W), which the runtime cannot do yet; it can be simulated. "
+            "Run 'gpipe', '1f1b', 'interleaved-1f1b' or 'looped-bfs'"
+        )
+    order.check()
+    return order
+
+
+def _split(split: Split, units: Sequence[Unit], order: Schedule) -> list[int]:
+    """Units a stage."""
+    if len(units) < order.stages:
+        raise ConfigError(
+            f"the model has {len(units)} units to cut ({', '.join(unit.name for unit in units)}) for {order.stages} stages "
+            f"({order.ranks} ranks × {order.chunks} chunks); every stage needs one: use fewer ranks or chunks, or more layers"
+        )
+    if split is None or isinstance(split, LayerCosts):
+        costs = estimate(units) if split is None else split.total()
+        if len(costs) != len(units):
+            raise ConfigError(f"split has costs of {len(costs)} units, the model has {len(units)}: profile this model")
+        bounds = partition(costs, order.stages).bounds
+        return [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    counts = list(split)
+    if len(counts) != order.stages or sum(counts) != len(units) or min(counts) < 1:
+        raise ConfigError(
+            f"split={counts} gives {sum(counts)} units to {len(counts)} stages; it must give all {len(units)} units to "
+            f"{order.stages} stages, at least one each (units: {', '.join(unit.name for unit in units)})"
+        )
+    return counts
+
+
+def owned(blueprint: Blueprint, stages: Sequence[int]) -> set[int]:
+    """Identities of the parameters that the units of ``stages`` hold."""
+    return {id(p) for stage in stages for unit in blueprint.stages[stage] for _, p in unit.named_parameters()}
+
+
+def free_others(root: nn.Module, keep: set[int]) -> None:
+    """Replace the parameters of ``root`` that are not in ``keep`` by ones without memory; tied ones stay tied."""
+    empty: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in keep:
+                meta = torch.empty_like(parameter, device="meta")
+                module._parameters[name] = empty.setdefault(id(parameter), nn.Parameter(meta, parameter.requires_grad))

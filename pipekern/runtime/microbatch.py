@@ -1,0 +1,107 @@
+"""Batches: split into micro-batches, joined again, measured and compared."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from pipekern.errors import ConfigError
+from pipekern.stage.random import mix
+
+try:
+    from pipekern._C import digest as _hash_memory
+except ImportError:
+    _hash_memory = None
+
+
+def batch_size(value: Any, name: str) -> int:
+    """Samples in ``value``: the first dimension of its tensors, which must agree. Raises ``ConfigError``."""
+    sizes = {t.shape[0] for t in _tensors(value) if t.ndim > 0}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"{name} has tensors with {' and '.join(map(str, sorted(sizes)))} samples; the first dimension of every tensor is the "
+            "batch: expand the smaller ones, or keep constants in the model"
+        )
+    if not sizes:
+        raise ConfigError(f"{name} has no tensor with a batch dimension: there is nothing to split into micro-batches")
+    return sizes.pop()
+
+
+def split(value: Any, microbatches: int, name: str) -> list[Any]:
+    """``microbatches`` parts of ``value``, views of its tensors along the first dimension, as equal as possible.
+
+    The first parts are one sample larger where it does not divide. Values that are not tensors, and tensors without
+    dimensions, go to every part. Raises ``ConfigError`` where there are fewer samples than micro-batches.
+    """
+    size = batch_size(value, name)
+    if size < microbatches:
+        raise ConfigError(
+            f"{name} has {size} samples for {microbatches} micro-batches; every micro-batch needs at least one: "
+            f"give a batch of at least {microbatches}, or set microbatches={size}"
+        )
+    if isinstance(value, torch.Tensor):
+        return list(value.tensor_split(microbatches))
+    leaves, spec = pytree.tree_flatten(value)
+    parts = [
+        leaf.tensor_split(microbatches) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 else [leaf] * microbatches
+        for leaf in leaves
+    ]
+    return [pytree.tree_unflatten(list(part), spec) for part in zip(*parts, strict=True)]
+
+
+def sizes(size: int, microbatches: int) -> list[int]:
+    """Samples of each micro-batch, as :func:`split` makes them."""
+    small, larger = divmod(size, microbatches)
+    return [small + 1] * larger + [small] * (microbatches - larger)
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """The outputs of all micro-batches as one, tensors concatenated along the first dimension (0-d ones stacked)."""
+    flat = [pytree.tree_flatten(part) for part in parts]
+    leaves = [_join_leaf(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return pytree.tree_unflatten(leaves, flat[0][1])
+
+
+def _join_leaf(column: Sequence[Any]) -> Any:
+    if not isinstance(column[0], torch.Tensor):
+        return column[0]
+    return torch.stack(list(column)) if column[0].ndim == 0 else torch.cat(list(column))
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with its tensors on ``device``, each a leaf that requires a gradient if it did; on the CPU as it is."""
+    if device.type == "cpu":
+        return value
+    return pytree.tree_map_only(torch.Tensor, lambda t: _move_leaf(t, device), value)
+
+
+def _move_leaf(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.detach().to(device, non_blocking=True).requires_grad_(tensor.requires_grad)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def digest(*values: Any) -> int:
+    """A 63-bit number of the tensors' bytes and shapes, never 0; equal on ranks with equal batches.
+
+    By the extension's hash at memory speed, or by BLAKE2 where it is not built: ranks check at the start that they agree.
+    """
+    state = len(values)
+    for tensor in _tensors(values):
+        tensor = tensor.detach().cpu().contiguous()
+        state = mix(state, *tensor.shape, tensor.itemsize, _hash(tensor.data_ptr(), tensor.nbytes))
+    return state or 1
+
+
+def _hash(pointer: int, nbytes: int) -> int:
+    if _hash_memory is not None:
+        return _hash_memory(pointer, nbytes, 0)
+    memory = (ctypes.c_char * nbytes).from_address(pointer) if nbytes else b""
+    return int.from_bytes(hashlib.blake2b(memory, digest_size=8).digest(), "little")

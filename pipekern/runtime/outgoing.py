@@ -1,0 +1,84 @@
+"""Messages that found no free slot: queued, and retried between instructions, never waited for."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from pipekern.errors import TransportTimeout
+from pipekern.transport.base import Message, Receiver, Sender, Transport
+
+_RETRY = 0.0005  # seconds that a receive waits before it retries queued sends
+
+
+class Outgoing:
+    """This process's sends and receives: first in, first out on each link, and no wait that starves a queued send."""
+
+    def __init__(self, transport: Transport, receivers: Iterable[Receiver], timeout: float):
+        self._transport = transport
+        self._receivers = list(receivers)
+        self._timeout = timeout
+        self.queued: dict[str, deque[tuple[Sender, int, Any, int]]] = {}
+
+    def send(self, sender: Sender, tag: int, value: Any, digest: int = 0) -> None:
+        """Send now if the link has a free slot and nothing waits before it, else queue."""
+        queue = self.queued.get(sender.link.name)
+        if queue is None and sender.send(tag, value, digest):
+            return
+        if queue is None:
+            queue = self.queued[sender.link.name] = deque()
+        queue.append((sender, tag, self._own(value), digest))
+
+    def flush(self) -> None:
+        """Retry every queue until it is empty or its link is full."""
+        for name, queue in list(self.queued.items()):
+            while queue:
+                sender, tag, value, digest = queue[0]
+                if not sender.send(tag, value, digest):
+                    break
+                queue.popleft()
+            if not queue:
+                del self.queued[name]
+
+    def receive(self, receiver: Receiver, tag: int) -> Message:
+        """The next message of a link; queued sends go on meanwhile."""
+        while self.queued:
+            self.flush()
+            message = receiver.recv(tag, _RETRY)
+            if message is not None:
+                return message
+        message = receiver.recv(tag)
+        assert message is not None, "recv without a limit returned nothing"
+        return message
+
+    def drain(self) -> None:
+        """Wait until every queued message is sent. Raises what the job raises, or ``TransportTimeout``."""
+        deadline = time.monotonic() + self._timeout
+        while self.queued:
+            self.flush()
+            self._transport.check()
+            if self.queued and time.monotonic() > deadline:
+                raise TransportTimeout(
+                    f"no free slot on {', '.join(self.queued)} for {self._timeout:g} s at the end of a step; "
+                    "a receiving stage holds on to its inputs: detach and copy what it keeps"
+                )
+            time.sleep(_RETRY / 10)
+
+    def clear(self) -> None:
+        """Forget what is queued: what an exception left behind."""
+        self.queued.clear()
+
+    def _own(self, value: Any) -> Any:
+        """``value`` with copies of the tensors that lie in a received slot: a queued message must not hold one."""
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            if any(receiver.owns(tensor.untyped_storage().data_ptr()) for receiver in self._receivers):
+                return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            return tensor
+
+        return pytree.tree_map_only(torch.Tensor, own, value)

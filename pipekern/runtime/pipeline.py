@@ -1,0 +1,255 @@
+"""The pipeline that users hold."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipekern.errors import ConfigError, NumericsError, TransportError
+from pipekern.optim import clip
+from pipekern.runtime import microbatch
+from pipekern.runtime.blueprint import Split
+from pipekern.runtime.deltas import Deltas
+from pipekern.runtime.executor import Executor, place
+from pipekern.runtime.measure import measured
+from pipekern.runtime.parameters import StageParameters
+from pipekern.runtime.runner import Batch
+from pipekern.runtime.start import start
+from pipekern.schedule.ir import Schedule
+from pipekern.stage.random import preserved, step_key
+from pipekern.stage.spec import LayerSpec
+from pipekern.trace.timeline import Timeline
+
+_POLICIES = ("raise", "skip", "ignore")
+
+
+class Pipeline:
+    """A model cut into stages, trained with micro-batches flowing through them, synchronous and exact.
+
+    ``module`` is an ``nn.Sequential``, an ``nn.Module`` whose forward runs a layer list, or a list of ``LayerSpec``.
+    Under a launcher such as torchrun each process is a rank; without one, all ``ranks`` run in this process. The gradients
+    after a step are those of the mean loss of the batch, as the unsplit module gives them micro-batch by micro-batch.
+
+    * ``loss_fn(output, y)`` returns a scalar, which counts by its samples, or a pair (sum, count).
+    * ``devices``: one a rank; by default the GPUs, else the CPU. ``chunks``: stages a rank; by default the schedule's own.
+    * ``split``: units a stage, or ``LayerCosts`` from ``pk.profile``; by default estimated.
+    * ``on_nonfinite``: a loss or norm that is not finite raises ``NumericsError``, or drops the step's gradients on all ranks
+      together (``"skip"``), or is let through (``"ignore"``).
+    * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
+
+    Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first dimension.
+    After an exception a pipeline in one process can be used again (clear the gradients); one among processes is closed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | Sequence[LayerSpec],
+        *,
+        loss_fn: Callable[[Any, Any], Any],
+        microbatches: int,
+        ranks: int | None = None,
+        devices: Sequence[str | torch.device] | None = None,
+        chunks: int | None = None,
+        schedule: str | Schedule = "1f1b",
+        split: Split = None,
+        on_nonfinite: str = "raise",
+        seed: int = 0,
+        transport: str = "auto",
+        timeout: float = 60.0,
+    ):
+        if on_nonfinite not in _POLICIES:
+            raise ConfigError(f"on_nonfinite={on_nonfinite!r}; choose one of {', '.join(map(repr, _POLICIES))}")
+        self._on_nonfinite = on_nonfinite
+        options = {"microbatches": microbatches, "chunks": chunks, "schedule": schedule, "split": split, "seed": seed}
+        self._parts = start(module, loss_fn, ranks, devices, transport, timeout, options)
+        self._seed = seed
+        self._step = 0
+        self._closed = ""
+        self._executor: Executor = self._parts.train
+        self._loss_is_pair: bool | None = None  # known after the first step
+        self._finalizer = weakref.finalize(self, self._parts.transport.close)
+        with self._running():
+            self._parts.ties.equalise()
+
+    # -- steps
+
+    def train_step(self, x: Any = None, y: Any = None) -> torch.Tensor:
+        """Forward and backward of one batch; adds to ``.grad``. Returns its mean loss, the same 0-d tensor on every rank.
+
+        ``x`` is needed where the first stage is, ``y`` where the last is; elsewhere they may be None.
+        """
+        parts = self._parts
+        with self._running():
+            batch = self._batch(x, y, training=True)
+            apart = parts.ties.parameters if self._loss_is_pair is False else self._parameters()
+            deltas = Deltas(apart)
+            with preserved(parts.devices):
+                self._run(parts.train, batch)
+            verdict = parts.verdict(batch)
+            parts.ties.reduce(batch.tag)
+            if verdict.divisor is not None:
+                deltas.divide(verdict.divisor)
+            deltas.merge()
+            self._refuse_held()
+            self._loss_is_pair = verdict.divisor is not None
+            self._step += 1
+        assert verdict.loss is not None
+        if verdict.first_nonfinite >= 0:
+            self._nonfinite(f"the loss of micro-batch {verdict.first_nonfinite} of step {batch.step} is {float(verdict.loss)}")
+        return verdict.loss
+
+    def eval_step(self, x: Any = None, y: Any = None) -> Any:
+        """Forward of one batch in evaluation mode, without gradients and without changing a buffer or a random number.
+
+        With ``y`` returns the mean loss, on every rank; without, the outputs where the last stage is and None elsewhere.
+        """
+        parts = self._parts
+        with self._running(), torch.no_grad(), parts.evaluating(), preserved(parts.devices):
+            batch = self._batch(x, y, training=False)
+            self._run(parts.evaluate, batch)
+            loss = parts.verdict(batch).loss
+            self._refuse_held()
+        if loss is not None or not batch.outputs:
+            return loss
+        return microbatch.join(batch.outputs)
+
+    def _batch(self, x: Any, y: Any, training: bool) -> Batch:
+        self._executor.times.clear()
+        schedule, here = self._parts.blueprint.schedule, self._parts.stages
+        m = schedule.microbatches
+        inputs = targets = None
+        for name, value, needed in (("x", x, 0 in here), ("y", y, training and schedule.stages - 1 in here)):
+            if value is None and needed:
+                raise ConfigError(f"{name} is None on a rank that needs it; x goes to the first stage's rank, y to the last's")
+        sizes = {name: microbatch.batch_size(value, name) for name, value in (("x", x), ("y", y)) if value is not None}
+        if len(set(sizes.values())) > 1:
+            raise ConfigError(f"x has {sizes['x']} samples and y has {sizes['y']}; they must be the same batch")
+        if x is not None and 0 in here:
+            inputs = microbatch.split(x, m, "x")
+        if y is not None and schedule.stages - 1 in here:
+            targets = microbatch.split(y, m, "y")
+        count = next(iter(sizes.values()), 0)
+        digest = microbatch.digest(x, y) if len(sizes) == 2 and not self._parts.star.alone else 0
+        batch = Batch(inputs, targets, microbatch.sizes(count, m), digest, self._step, step_key(self._seed, self._step))
+        self._parts.loss.start(targets or [], batch.sizes)
+        return batch
+
+    def _run(self, executor: Executor, batch: Batch) -> None:
+        self._executor = executor
+        executor.run(batch)
+
+    def _refuse_held(self) -> None:
+        held = self._parts.held()
+        if held:
+            raise TransportError(
+                f"something holds received tensors past their last use: {', '.join(held)}; a stage that keeps its input or "
+                "output must keep a copy (.detach().clone())"
+            )
+
+    def _nonfinite(self, what: str) -> None:
+        if self._on_nonfinite == "raise":
+            raise NumericsError(f"{what}; look at that data, lower the learning rate, or set on_nonfinite='skip'")
+        if self._on_nonfinite == "skip":
+            for parameter in self._parameters():
+                parameter.grad = None
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        if self._closed:
+            raise TransportError(f"this pipeline is closed: {self._closed}; make a new one")
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _fail(self, error: BaseException) -> None:
+        where = self._executor.where()
+        self._parts.clear()
+        if isinstance(error, TransportError) and error.rank >= 0:
+            error.args = (f"{error}\n  seen by {where}",)
+        elif hasattr(error, "add_note"):
+            error.add_note(f"pipekern: {where}")
+        self._parts.transport.abort(error, where)
+        if not self._parts.star.alone:
+            self._closed = f"{type(error).__name__} at {where}"
+            self._finalizer()
+
+    # -- parameters
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return list({id(p): p for p in self._parts.parameters.values()}.values())
+
+    def parameters(self) -> StageParameters:
+        """This process's parameters, each once."""
+        return StageParameters(self._parameters(), whole=self._parts.star.alone)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This process's parameters under their names in the original module, a tied one under each name it has here."""
+        yield from self._parts.parameters.items()
+
+    def optimizer(self, cls: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
+        """``cls`` over this process's parameters, also where its stages have none. ``options`` are those of ``cls``."""
+        return cls([{"params": self._parameters()}], **options)  # type: ignore[call-arg]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """This process's parameters and buffers under their names in the original module; over all ranks, every name."""
+        known = set(self._parts.blueprint.state)
+        own = {name: value for unit in self._parts.units() for name, value in unit.state().items()}
+        return {name: value for name, value in own.items() if name in known}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy this process's entries out of ``state``, which may be the whole model's. Raises ``ConfigError`` for missing ones."""
+        own = self.state_dict()
+        missing = sorted(own.keys() - state.keys())
+        wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+        if missing or wrong:
+            raise ConfigError(f"load_state_dict: missing {missing}, of another shape {sorted(wrong)}; give the whole model's state")
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(state[name])
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Scale all gradients so that their norm over all stages is at most ``max_norm``; collective.
+
+        Returns the norm before, 0-d float64, the same bits on every rank and for every split; a tied weight counts once.
+        """
+        blueprint = self._parts.blueprint
+        index = {name: i for i, name in enumerate(blueprint.parameters)}
+        with self._running():
+            own = {index[name]: p for name, p in self._parts.counted().items()}
+            rows = self._parts.star.gather(clip.partials(own, norm_type))
+            total, bad = clip.total_norm(rows, norm_type)
+        if bad >= 0:
+            self._nonfinite(f"the gradient of {blueprint.parameters[bad]} is not finite")
+        clip.scale(self._parameters(), max_norm, total)
+        return total
+
+    # -- what happened
+
+    def timeline(self) -> Timeline:
+        """What every rank did in the last step, in microseconds from the first rank's start; collective.
+
+        Ranks on one machine share a clock; between machines rows are shifted by the difference of theirs.
+        """
+        executor, program = self._executor, self._executor.program
+        with self._running():
+            times = [row.tolist() for row in self._parts.star.gather(torch.tensor(executor.times, dtype=torch.int64))]
+        placed = [executor.placed] if self._parts.star.alone else [place(program, rank) for rank in range(len(times))]
+        return measured(program, placed, times)
+
+    def close(self) -> None:
+        """Leave the job and free links. Parameters and ``.grad`` stay."""
+        self._closed = self._closed or "close() was called"
+        self._finalizer()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

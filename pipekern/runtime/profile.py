@@ -1,0 +1,83 @@
+"""Measured costs of a model's layers."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from pipekern.errors import ConfigError
+from pipekern.stage.random import preserved
+from pipekern.stage.spec import LayerSpec
+from pipekern.stage.unit import Unit, cut
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Microseconds of one micro-batch a unit: ``names``, ``forward`` and ``backward`` (input and weight gradients)."""
+
+    names: tuple[str, ...]
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+
+    @classmethod
+    def given(cls, costs: Sequence[float]) -> LayerCosts:
+        """Costs that are known already, one number a unit in any unit of measure. Raises ``ConfigError``."""
+        if not costs or min(costs) < 0:
+            raise ConfigError(f"costs {list(costs)}: give one number of at least 0 a unit")
+        return cls(tuple(map(str, range(len(costs)))), tuple(map(float, costs)), (0.0,) * len(costs))
+
+    def total(self) -> list[float]:
+        """Forward and backward together, a unit."""
+        return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
+
+
+def profile(model: nn.Module | Sequence[LayerSpec], x: Any, *, repeats: int = 5) -> LayerCosts:
+    """Run each unit of ``model`` forward and backward on what it gets from the one before, and take medians.
+
+    ``x`` is one micro-batch. It works on a copy: weights, gradients, buffers and random state of ``model`` stay as they are.
+    """
+    source = copy.deepcopy(model) if isinstance(model, nn.Module) else model
+    units = cut(source, seed=0)[1]
+    units = [unit.built() for unit in units]
+    device = next((p.device for unit in units for _, p in unit.named_parameters()), torch.device("cpu"))
+    value, forward, backward = x, [], []
+    with preserved([device]):
+        for unit in units:
+            runs = [_time(unit, value, device) for _ in range(repeats + 1)][1:]
+            forward.append(statistics.median(run[0] for run in runs))
+            backward.append(statistics.median(run[1] for run in runs))
+            with torch.no_grad():
+                value = _leaves(unit.call(unit.train)(value))
+    return LayerCosts(tuple(unit.name for unit in units), tuple(forward), tuple(backward))
+
+
+def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float]:
+    value = pytree.tree_map_only(torch.Tensor, torch.clone, value)  # a unit may write into its input, not into a leaf
+    start = _now(device)
+    output = unit.call(unit.train)(value)
+    middle = _now(device)
+    ends = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+    if ends:
+        torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
+    return (middle - start) / 1e3, (_now(device) - middle) / 1e3
+
+
+def _now(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter_ns()
+
+
+def _leaves(value: Any) -> Any:
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().clone().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+
+    return pytree.tree_map_only(torch.Tensor, leaf, value)

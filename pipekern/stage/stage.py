@@ -1,0 +1,148 @@
+"""One stage: its units run forward and backward, micro-batch by micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from pipekern.stage.random import generator
+from pipekern.stage.unit import Unit
+
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")
+
+
+class Stash(NamedTuple):
+    """What a forward leaves for its backward: the leaves it came from, and the outputs a gradient will come for."""
+
+    leaves: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+
+
+class Stage:
+    """The units of stage ``index`` of the model ``root``, on ``device``.
+
+    ``root.training`` chooses the units' training code, as it does for the unsplit model. ``keys[microbatch][i]`` seeds unit i (see ``random.py``). Values between stages are any nested tuple, list or dict
+    of tensors and plain values.
+    """
+
+    def __init__(self, index: int, root: nn.Module, units: Sequence[Unit], device: torch.device, keys: list[list[int]]):
+        self.index = index
+        self._root = root
+        self.units = list(units)
+        self.device = device
+        self._train = [unit.call(unit.train) for unit in units]
+        self._evaluate = [unit.call(unit.evaluate) for unit in units]
+        self._keys = keys
+        self._generator = generator(device)
+        self._stash: dict[int, Stash] = {}
+        self._fresh: list[nn.Parameter] = []
+        self._copies_input = any(_writes_in_place(unit.train) for unit in units)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """This stage's parameters, each once, in the model's order."""
+        return list({id(p): p for unit in self.units for _, p in unit.named_parameters()}.values())
+
+    def begin(self) -> None:
+        """Start a step."""
+        self._fresh = [p for p in self.parameters() if p.grad is None]
+
+    def forward(self, microbatch: int, value: Any, step_key: int, loss: Callable[[Any], torch.Tensor] | None = None) -> Any:
+        """Run the units on ``value``, whose leaf tensors get the gradient, with the random numbers of this micro-batch.
+
+        The last stage gives ``loss``, which takes the model's output to the scalar that the backward starts from.
+        """
+        leaves = _gradient_leaves(value)
+        if leaves and self._copies_input:
+            value = pytree.tree_map_only(torch.Tensor, torch.clone, value)
+        manual_seed = self._generator.manual_seed
+        units = self._train if self._root.training else self._evaluate
+        for unit, key in zip(units, self._keys[microbatch], strict=True):
+            manual_seed(key ^ step_key)
+            value = unit(value)
+        if loss is not None:
+            value = loss(value)
+        self._stash[microbatch] = Stash(leaves, _gradient_leaves(value))
+        return value
+
+    def evaluate(self, value: Any) -> Any:
+        """Run the units without random numbers or gradients; the caller holds ``torch.no_grad()``."""
+        for unit in self._evaluate:
+            value = unit(value)
+        return value
+
+    def backward(self, microbatch: int, gradients: Any) -> Any:
+        """Gradients of the forward's leaves, from those of its outputs; both one tensor, or a list, None where there is none.
+
+        Adds the weight gradients to ``.grad``.
+        """
+        leaves, outputs = self._stash.pop(microbatch)
+        if len(outputs) == 1 and isinstance(gradients, torch.Tensor):
+            torch.autograd.backward(outputs[0], gradients)
+        else:
+            _backward_many(outputs, gradients)
+        if self._fresh:
+            self._fresh = _own_gradients(self._fresh, [*pytree.tree_leaves(gradients), *(leaf.grad for leaf in leaves)])
+        if len(leaves) == 1:
+            return _take_grad(leaves[0])
+        return [_take_grad(leaf) for leaf in leaves] or None
+
+    def clear(self) -> None:
+        """Forget every micro-batch: what an exception left half done."""
+        self._stash.clear()
+
+
+def _own_gradients(fresh: Sequence[nn.Parameter], travelling: Sequence[torch.Tensor | None]) -> list[nn.Parameter]:
+    """Give each parameter that has just got its first gradient memory of its own; returns those still without one.
+
+    Autograd may keep a view of the gradient that came in as a parameter's ``.grad`` (a bias behind a reshape). That memory
+    is a slot, or on its way to another stage: later sums into it would corrupt what is there, without an error.
+    """
+    memory = {t.untyped_storage().data_ptr() for t in travelling if t is not None}
+    for parameter in fresh:
+        grad = parameter.grad
+        if grad is not None and grad.layout == torch.strided and grad.untyped_storage().data_ptr() in memory:
+            parameter.grad = grad.clone()
+    return [p for p in fresh if p.grad is None]
+
+
+def detached(value: Any) -> Any:
+    """The same tensors as leaves of a new graph, each requiring a gradient if it did: what a stage on the same rank gets."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    return pytree.tree_map_only(torch.Tensor, detached, value)
+
+
+def _gradient_leaves(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.requires_grad else []
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def _take_grad(leaf: torch.Tensor) -> torch.Tensor | None:
+    grad, leaf.grad = leaf.grad, None
+    return grad
+
+
+def _backward_many(outputs: Sequence[torch.Tensor], gradients: Any) -> None:
+    given = gradients if isinstance(gradients, list) else [gradients] * len(outputs)
+    pairs = [(output, grad) for output, grad in zip(outputs, given, strict=True) if grad is not None]
+    if pairs:
+        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+
+
+def _writes_in_place(module: nn.Module) -> bool:
+    """Whether it may write into its input, which autograd forbids on a leaf: then the stage works on a copy."""
+    if any(getattr(m, "inplace", False) for m in module.modules()):
+        return True
+    if isinstance(module, torch.fx.GraphModule):
+        return any(
+            (node.op == "call_function" and getattr(node.target, "__name__", "") in _IN_PLACE)
+            or (node.op == "call_method" and str(node.target).endswith("_"))
+            or node.kwargs.get("inplace", False)
+            for node in module.graph.nodes
+        )
+    return False

@@ -1,0 +1,128 @@
+"""Units: the pieces of a model that a cut never divides, in the order in which a batch goes through them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipekern.errors import ConfigError
+from pipekern.stage.graph import cut_graph
+from pipekern.stage.spec import LayerSpec
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of a model. ``train`` and ``evaluate`` take the value before it and return the value after it.
+
+    They are one module, or two traces of the same code where that code looks at ``self.training``. ``prefix`` is put
+    before the parameters' names to give those of the whole model. ``build`` makes a lazy unit real.
+    """
+
+    name: str
+    train: nn.Module
+    evaluate: nn.Module
+    prefix: str = ""
+    build: Callable[[], nn.Module] | None = None
+    spread: tuple[str, ...] = ()
+
+    def call(self, module: nn.Module) -> Callable[[Any], Any]:
+        """``module`` (train or evaluate) as a function of one value.
+
+        A model's forward with one parameter gets the batch as it is; with several, which ``spread`` of its first unit names,
+        a tuple is spread over them in order and a dict by name.
+        """
+        if not self.spread:
+            return module
+        names = set(self.spread)
+
+        def spreading(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return module(*value)
+            if isinstance(value, dict) and value.keys() <= names:
+                return module(**value)
+            return module(value)
+
+        return spreading
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under their names in the whole model, a tied one under each of its names."""
+        for name, parameter in self.train.named_parameters(remove_duplicate=False):
+            yield self.prefix + name, parameter
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers under their names in the whole model."""
+        return {self.prefix + name: value for name, value in self.train.state_dict().items()}
+
+    def built(self) -> Unit:
+        """This unit with memory and weights."""
+        if self.build is None:
+            return self
+        layer = self.build()
+        return replace(self, train=layer, evaluate=layer, build=None)
+
+
+def cut(model: nn.Module | Sequence[LayerSpec], seed: int) -> tuple[nn.Module, list[Unit]]:
+    """The root module and its units.
+
+    ``nn.Sequential`` is cut at its children (nested ones included), a list of specs at its layers, any other module
+    at the layers of its longest ``nn.ModuleList`` or ``nn.Sequential``, which its forward must call one after the
+    other; what is before and after them are units of their own. Raises ``ConfigError``.
+    """
+    if isinstance(model, nn.Sequential):
+        _refuse_hooks(model)
+        units = [Unit(name, layer, layer, f"{name}.") for name, layer in _children(model, "")]
+        root: nn.Module = model
+    elif isinstance(model, nn.Module):
+        root = model
+        units = [Unit(piece.name, piece.train, piece.evaluate) for piece in cut_graph(model)]
+        _refuse_hooks(model)
+        units[0] = replace(units[0], spread=_forward_parameters(model))
+    else:
+        root, units = _lazy(model, seed)
+    if not units:
+        raise ConfigError("the model has no layers: there is nothing to cut; give at least one layer a stage")
+    return root, units
+
+
+def _children(container: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in container.named_children():
+        if type(child) is nn.Sequential and len(child) > 0 and not _hooks(child):
+            yield from _children(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def _lazy(model: Sequence[LayerSpec], seed: int) -> tuple[nn.Module, list[Unit]]:
+    if not isinstance(model, Sequence) or not all(isinstance(spec, LayerSpec) for spec in model):
+        raise ConfigError(
+            f"Pipeline got a {type(model).__name__}; give an nn.Sequential, an nn.Module with a layer list, or a list of pk.LayerSpec"
+        )
+
+    def unit(index: int, spec: LayerSpec) -> Unit:
+        layer = spec.meta()
+        return Unit(str(index), layer, layer, f"{index}.", lambda: spec.build(index, seed))
+
+    return nn.Module(), [unit(index, spec) for index, spec in enumerate(model)]
+
+
+def _hooks(module: nn.Module) -> bool:
+    return any(getattr(module, kind) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    if _hooks(module):
+        raise ConfigError(
+            f"{type(module).__name__} has hooks of its own, and no rank runs it whole; put the hooks on its layers"
+        )
+
+
+def _forward_parameters(root: nn.Module) -> tuple[str, ...]:
+    """The names of the forward's parameters, where it has several."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = tuple(p.name for p in inspect.signature(root.forward).parameters.values() if p.kind in kinds)
+    return names if len(names) > 1 else ()
