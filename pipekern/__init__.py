@@ -1,5 +1,76 @@
-"""pipekern: pipeline parallel training of PyTorch models."""
+"""pipekern: pipeline parallel training of PyTorch models.
+
+Names are loaded at first use, so that schedules, plans and traces can be had without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from pipekern._version import __version__
+from pipekern.errors import (
+    Aborted,
+    CheckpointError,
+    ConfigError,
+    MessageMismatch,
+    NumericsError,
+    PeerDied,
+    PeerFrozen,
+    PipekernError,
+    ScheduleError,
+    TransportError,
+    TransportTimeout,
+)
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from pipekern import plan, schedule, trace
+    from pipekern.runtime.pipeline import Pipeline
+    from pipekern.runtime.profile import LayerCosts, profile
+    from pipekern.runtime.verify import verify
+    from pipekern.stage.spec import LayerSpec
+
+__all__ = [
+    "Aborted",
+    "CheckpointError",
+    "ConfigError",
+    "LayerCosts",
+    "LayerSpec",
+    "MessageMismatch",
+    "NumericsError",
+    "PeerDied",
+    "PeerFrozen",
+    "PipekernError",
+    "Pipeline",
+    "ScheduleError",
+    "TransportError",
+    "TransportTimeout",
+    "__version__",
+    "plan",
+    "profile",
+    "schedule",
+    "trace",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    homes = {
+        "LayerCosts": "pipekern.runtime.profile",
+        "LayerSpec": "pipekern.stage.spec",
+        "Pipeline": "pipekern.runtime.pipeline",
+        "profile": "pipekern.runtime.profile",
+        "verify": "pipekern.runtime.verify",
+    }
+    if name in homes:
+        value = getattr(import_module(homes[name]), name)
+    elif name in ("plan", "schedule", "trace"):
+        value = import_module(f"pipekern.{name}")
+    else:
+        raise AttributeError(f"module 'pipekern' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

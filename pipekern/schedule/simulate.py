@@ -8,11 +8,12 @@ common fraction of a microsecond, so that a result is as exact as the costs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from pipekern.errors import ConfigError, ScheduleError
+from pipekern.schedule.exact import fractions, number, scaled
 from pipekern.schedule.ir import Action, Schedule
 from pipekern.schedule.order import explain, sequential
 from pipekern.trace.timeline import Span, Timeline
@@ -40,9 +41,8 @@ class Costs:
     def __post_init__(self) -> None:
         for name in ("forward", "backward", "weight", "comm", "kept", "pair"):
             value = getattr(self, name)
-            for number in value if isinstance(value, Sequence) else () if value is None else (value,):
-                if not (number >= 0 and math.isfinite(number)):
-                    raise ConfigError(f"{name}={number} is not a finite number of at least 0; give a measured cost")
+            if value is not None:
+                fractions(name, value if isinstance(value, Sequence) else [value])
         if self.kept > 1:
             raise ConfigError(f"kept={self.kept} is more than 1, a whole activation; give a share from 0 to 1")
 
@@ -57,34 +57,31 @@ class _Ticks:
     weight: list[int]
     both: list[int]
     comm: list[int]
-    pair: list[int] | None
+    pair: list[int]
 
     @classmethod
     def of(cls, schedule: Schedule, costs: Costs) -> _Ticks:
-        stages = schedule.stages
-        exact = [_per_stage(schedule, name, getattr(costs, name)) for name in ("forward", "backward", "weight")]
-        exact.append(_listed("comm", costs.comm, stages - 1, lambda _: 1))
-        if costs.pair is not None:
-            exact.append(_per_stage(schedule, "pair", costs.pair))
-        scale = math.lcm(*(value.denominator for values in exact for value in values))
-        ticks = [[int(value * scale) for value in values] for values in exact]
-        both = [b + w for b, w in zip(ticks[1], ticks[2], strict=True)]
-        return cls(scale, ticks[0], ticks[1], ticks[2], both, ticks[3], ticks[4] if costs.pair is not None else None)
+        shares = [schedule.share(stage) for stage in range(schedule.stages)]
+        forward = _exact("forward", costs.forward, shares)
+        backward = _exact("backward", costs.backward, shares)
+        weight = _exact("weight", costs.weight, shares)
+        comm = _exact("comm", costs.comm, [1] * (schedule.stages - 1))
+        both = [b + w for b, w in zip(backward, weight, strict=True)]
+        pair = [] if costs.pair is None else _exact("pair", costs.pair, shares)
+        scale, ticks = scaled(forward, backward, weight, both, comm, pair)
+        return cls(scale, *ticks)
 
     def of_op(self, op: str) -> list[int]:
         return {"F": self.forward, "B": self.backward, "W": self.weight, "BW": self.both}[op]
 
 
-def _per_stage(schedule: Schedule, name: str, cost: Cost) -> list[Fraction]:
-    return _listed(name, cost, schedule.stages, schedule.share)
-
-
-def _listed(name: str, cost: Cost, count: int, parts: Callable[[int], int]) -> list[Fraction]:
+def _exact(name: str, cost: Cost, parts: Sequence[int]) -> list[Fraction]:
+    """A cost for each of ``parts``: the value listed for it, or the one cost divided by the part's number."""
     if not isinstance(cost, Sequence):
-        return [Fraction(cost) / parts(index) for index in range(count)]
-    if len(cost) != count:
-        raise ConfigError(f"{name} has {len(cost)} values; this schedule needs one number or {count} values")
-    return [Fraction(value) for value in cost]
+        return [Fraction(cost) / part for part in parts]
+    if len(cost) != len(parts):
+        raise ConfigError(f"{name} has {len(cost)} values; this schedule needs one number or {len(parts)} values")
+    return fractions(name, cost)
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
@@ -105,9 +102,9 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     span = max((end - start for start, end in zip(starts, run.clock, strict=True)), default=0)
     return Timeline(
         spans=tuple(_span(rank, *one, scale) for rank, row in enumerate(run.spans) for one in row),
-        makespan=_number(makespan, scale),
-        span=_number(span, scale),
-        busy=[_number(busy, scale) for busy in run.busy],
+        makespan=number(makespan, scale),
+        span=number(span, scale),
+        busy=[number(busy, scale) for busy in run.busy],
         peak_activations=[_peak(schedule, row, Fraction(costs.kept)) for row in schedule.actions],
         messages=run.messages,
     )
@@ -146,7 +143,7 @@ class _Run:
         self.busy[rank] += end - start
 
     def _pair_cost(self, forward: Action, backward: Action) -> int:
-        if self.ticks.pair is not None:
+        if self.ticks.pair:
             return self.ticks.pair[forward.stage]
         return self.ticks.forward[forward.stage] + self.ticks.both[backward.stage]
 
@@ -185,14 +182,8 @@ def _peak(schedule: Schedule, row: Sequence[Action], kept: Fraction) -> float:
             peak = max(peak, held)
         else:
             held -= unit * {"B": kept.denominator - stays, "W": stays, "BW": kept.denominator}[op]
-    return _number(peak, scale)
+    return number(peak, scale)
 
 
 def _span(rank: int, action: Action, start: int, end: int, scale: int) -> Span:
-    return Span(rank, *action, _number(start, scale), _number(end, scale))
-
-
-def _number(ticks: int, scale: int) -> float:
-    """``ticks / scale``, as an int where it is one."""
-    whole, rest = divmod(ticks, scale)
-    return ticks / scale if rest else whole
+    return Span(rank, *action, number(start, scale), number(end, scale))
