@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +64,12 @@ class Packed(NamedTuple):
     tensors: list[Tensor]
 
 
-def pack(value: Any) -> Packed:
-    """Take ``value`` apart; raises ``ConfigError`` naming the type and the place of what cannot travel."""
+def pack(value: Any, convert: Callable[[Tensor, str], Tensor] | None = None) -> Packed:
+    """Take ``value`` apart; raises ``ConfigError`` naming the type and the place of what cannot travel.
+
+    ``convert(tensor, place)`` is what is done to each tensor, :func:`plain` if not given.
+    """
+    convert = convert or plain
     tensors: list[Tensor] = []
     specs: list[list[Any]] = []
 
@@ -74,7 +78,7 @@ def pack(value: Any) -> Packed:
         if item is None or kind in (bool, int, float, str):
             return item
         if isinstance(item, Tensor):
-            tensors.append(plain(item, place))
+            tensors.append(convert(item, place))
             specs.append([DTYPE_CODE[item.dtype], list(item.shape), item.requires_grad])
             return ["tensor"]
         if kind is torch.Size:
@@ -130,6 +134,12 @@ def unpack(descriptor: bytes, tensors: Sequence[Tensor]) -> Any:
 
 def plain(tensor: Tensor, place: str = "the value") -> Tensor:
     """``tensor`` detached, contiguous, in CPU memory, without lazy conjugation; raises ``ConfigError``."""
+    check_plain(tensor, place)
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def check_plain(tensor: Tensor, place: str) -> None:
+    """Refuse, with a ``ConfigError`` that names ``place``, a tensor that no message can hold."""
     kind = type(tensor)
     if kind is not Tensor and kind is not torch.nn.Parameter:
         raise ConfigError(
@@ -143,7 +153,6 @@ def plain(tensor: Tensor, place: str = "the value") -> Tensor:
         )
     if tensor.dtype not in DTYPE_CODE:
         raise ConfigError(f"{place} is a tensor of dtype {tensor.dtype}, which no message can hold: cast it")
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:
