@@ -1,3 +1,4 @@
+# ruff: noqa: N999
 """Types of the compiled part: csrc/bindings."""
 
 from collections.abc import Sequence
