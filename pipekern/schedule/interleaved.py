@@ -1,4 +1,12 @@
-"""Interleaved 1F1B: each rank holds several chunks of the model, so that the pipeline fills in smaller steps."""
+"""Interleaved 1F1B: each rank holds several chunks of the model, so that the pipeline fills in smaller steps.
+
+Grid of 2 ranks, 2 chunks each (``B0/3``: of stage 3) and 4 micro-batches at F = B = W = 1::
+
+    rank 0 F0F1F0F1F2..B0/2F3B1/2F2B0/0F3B1/0..B2/2..B3/2B2/0B3/0
+    rank 1 ..F0F1F0B0/3F1B1/3F2B0/1F3B1/1F2B2/3F3B3/3B2/1B3/1....
+
+Bubble (p - 1)(F + B + W) / v a rank with v chunks, peak (vp + p - 1) / v activations on rank 0.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ Text form, one line a rank, read back by :meth:`Schedule.parse`::
 
 An action is written stage, operation, micro-batch. Operations: ``F`` forward, ``B`` gradient of the stage's
 input, ``W`` gradient of its weights, ``BW`` both at once. A forward that overlaps the backward after it is
-joined to it: ``0F3&7BW1``.
+joined to it: ``0F3&7BW1``. Lines that start with ``#`` are comments.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Schedule:
     @classmethod
     def parse(cls, text: str) -> Schedule:
         """Read the text form; raises ``ScheduleError`` with the line at fault."""
-        head, *rows = text.splitlines() or [""]
+        head, *rows = [line for line in text.splitlines() if not line.startswith("#")] or [""]
         match = _HEAD.fullmatch(head)
         if match is None:
             raise ScheduleError(f"first line {head!r} is not 'pipekern-schedule name=… microbatches=… stage_rank=…'")

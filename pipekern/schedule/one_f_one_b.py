@@ -1,4 +1,13 @@
-"""1F1B: after its warm-up a rank does one forward, one backward, so that few activations are held."""
+"""1F1B: after its warm-up a rank does one forward, one backward, so that few activations are held.
+
+Grid of 3 ranks and 4 micro-batches at F = B = W = 1::
+
+    rank 0 F0F1F2........B0bbF3B1bb..B2bb..B3bb
+    rank 1 ..F0F1....B0bbF2B1bbF3B2bb..B3bb....
+    rank 2 ....F0B0bbF1B1bbF2B2bbF3B3bb........
+
+Bubble (p - 1)(F + B + W) a rank, peak p - r activations on rank r.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Set
+from dataclasses import replace
 from typing import NamedTuple
 
 from pipekern.schedule.ir import Action, Schedule
@@ -78,3 +79,10 @@ def explain(schedule: Schedule, stuck: dict[int, Stuck]) -> list[str]:
         wanted = f"{names[missing]}" if missing in names else f"{missing}, which no rank runs"
         faults.append(f"rank {rank} stuck at {schedule.actions[rank][at]} (instruction {at}): waits for {wanted}")
     return faults
+
+
+def part_that_runs(schedule: Schedule) -> Schedule:
+    """``schedule`` without what comes after the point where a rank is stuck: to draw one that deadlocks."""
+    stuck = sequential(schedule).stuck
+    rows = (row[: stuck[rank].at] if rank in stuck else row for rank, row in enumerate(schedule.actions))
+    return replace(schedule, actions=tuple(rows))

@@ -76,7 +76,7 @@ def _bars(axes: Axes, timeline: Timeline) -> None:
 
 
 def _style(look: _Look) -> dict[str, Any]:
-    edge = "white" if look.text == "white" else "#6E6E6E"
+    edge = "white" if look.text == "white" else "#4A4A4A"
     return {"facecolor": look.colour, "hatch": look.hatch, "edgecolor": edge, "linewidth": 0.5}
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pipekern.trace.timeline import Span, Timeline
 
-LEGEND = "F forward  B backward (input and weights, or input)  W weights  < wait to receive  > wait to send  . idle"
+LEGEND = "F forward  B backward  W weight gradient  < wait to receive  > wait to send  . idle"
 _FILL = {"F": "f", "B": "b", "W": "w", "BW": "b", "SEND": ">", "RECV": "<"}
 
 
 def draw(timeline: Timeline, width: int = 100) -> str:
     """A row a rank, ``width`` characters for the makespan, which start ``F3``: operation and micro-batch.
 
-    With several stages a rank ``F3/4`` names the stage too. What is shorter than a character may vanish.
+    With several stages a rank ``F3/4`` names the stage too. Labels are cut to what fits, and what is shorter than
+    half a character may vanish.
     """
     chunks = {(span.rank, span.stage) for span in timeline.spans}
     named = len(chunks) > len({rank for rank, _ in chunks})
@@ -28,5 +29,7 @@ def _cells(span: Span, count: int, named: bool) -> str:
     fill = _FILL[span.op]
     if fill in "<>":
         return fill * count
-    label = f"{span.op[0]}{span.microbatch}" + f"/{span.stage}" * named
-    return label.ljust(count, fill)[:count] if len(label) <= count else fill.upper().ljust(count, fill)[:count]
+    short = f"{span.op[0]}{span.microbatch}"
+    labels = [f"{short}/{span.stage}", short] if named else [short]
+    label = next((label for label in labels if len(label) <= count), span.op[0])
+    return label.ljust(count, fill)[:count]
