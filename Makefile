@@ -76,5 +76,5 @@ $(VENV)/tested: requirements/test.txt requirements/train.txt $(VENV)/installed
 	touch $@
 
 $(VENV)/built: $(NATIVE) $(VENV)/installed
-	$(PIP) --quiet --no-build-isolation --no-deps --editable .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --quiet --no-build-isolation --no-deps --editable .
 	touch $@
