@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 OPS = ("F", "B", "W", "BW")
 _ACTION = re.compile(r"(\d+)(BW|F|B|W)(\d+)")
 _HEAD = re.compile(
-    r"pipekern-schedule name=(.+) microbatches=(\d+) stage_rank=(\d+(?:,\d+)*)(?: chains=(\d+))?( asynchronous)?"
+    r"pipekern-schedule name=(.+) microbatches=(\d+) stage_rank=(\d+(?:,\d+)*)(?: chains=(\d+))?(?: slices=(\d+))?"
+    r"( asynchronous)?"
 )
 
 
@@ -59,8 +60,11 @@ class Schedule:
     ``stage_rank[s]`` is the rank of stage ``s``; ``actions[r]`` the order of rank ``r``. The stages form
     ``chains`` chains of equal length, in ascending order; each chain holds the whole model, and the
     micro-batches are dealt to them in equal runs. One chain is the rule; two make a schedule with two
-    directions and each weight twice. ``pairs`` holds the forwards that overlap the full backward after them.
-    An asynchronous schedule updates weights before every gradient of the step is there.
+    directions and each weight twice. Each micro-batch is cut along its sequence into ``slices`` equal slices; where
+    there are several, an action's micro-batch counts slices, ``slices`` of them in a row being one micro-batch. A
+    slice's forward needs that of the slice before it, its backward that of the slice after it, on the same stage.
+    ``pairs`` holds the forwards that overlap the full backward after them. An asynchronous schedule is never flushed:
+    weights are updated while older gradients are still on their way, so that each rank keeps two versions of them.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Schedule:
     stage_rank: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
     chains: int = 1
+    slices: int = 1
     pairs: frozenset[Action] = frozenset()
     synchronous: bool = True
 
@@ -78,6 +83,11 @@ class Schedule:
     @property
     def stages(self) -> int:
         return len(self.stage_rank)
+
+    @property
+    def units(self) -> int:
+        """How many values an action's micro-batch can have: micro-batches times slices."""
+        return self.microbatches * self.slices
 
     @property
     def depth(self) -> int:
@@ -91,7 +101,8 @@ class Schedule:
 
     @property
     def duplicates_weights(self) -> bool:
-        return self.chains > 1
+        """Whether each weight is kept twice: for two directions, or in two versions."""
+        return self.chains > 1 or not self.synchronous
 
     @cached_property
     def trains(self) -> bool:
@@ -102,7 +113,7 @@ class Schedule:
     def runnable(self) -> bool:
         """Whether the executor can run it; else it can only be simulated."""
         whole = all(action.op in ("F", "BW") for row in self.actions for action in row)
-        return whole and self.chains == 1 and self.synchronous and not self.pairs
+        return whole and self.chains == 1 and self.slices == 1 and self.synchronous and not self.pairs
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages that ``rank`` holds, ascending."""
@@ -129,14 +140,15 @@ class Schedule:
         return stage - 1 if stage % self.depth else None
 
     def path(self, microbatch: int) -> range:
-        """The stages that ``microbatch`` goes through, in order."""
-        first = microbatch * self.chains // self.microbatches * self.depth
+        """The stages that ``microbatch`` (of ``units``) goes through, in order."""
+        first = microbatch * self.chains // self.units * self.depth
         return range(first, first + self.depth)
 
     def forward_only(self) -> Schedule:
         """The same order with the forwards alone: what evaluation runs."""
         forwards = tuple(tuple(a for a in row if a.op == "F") for row in self.actions)
-        return Schedule(f"{self.name} (forward)", self.microbatches, self.stage_rank, forwards, self.chains)
+        name = f"{self.name} (forward)"
+        return Schedule(name, self.microbatches, self.stage_rank, forwards, self.chains, self.slices)
 
     def check(self) -> None:
         """Raise ``ScheduleError`` that lists every fault, if there is any."""
@@ -157,7 +169,8 @@ class Schedule:
     def __str__(self) -> str:
         ranks = ",".join(map(str, self.stage_rank))
         head = f"pipekern-schedule name={self.name} microbatches={self.microbatches} stage_rank={ranks}"
-        head += f" chains={self.chains}" * (self.chains > 1) + " asynchronous" * (not self.synchronous)
+        head += f" chains={self.chains}" * (self.chains > 1) + f" slices={self.slices}" * (self.slices > 1)
+        head += " asynchronous" * (not self.synchronous)
         return "\n".join([head, *map(self._row, self.actions)]) + "\n"
 
     def _row(self, row: tuple[Action, ...]) -> str:
@@ -176,7 +189,8 @@ class Schedule:
         words = [row.split() for row in rows]
         actions = tuple(tuple(Action.parse(part) for word in row for part in word.split("&")) for row in words)
         pairs = frozenset(_pairs(words))
-        return cls(match[1], int(match[2]), stage_rank, actions, int(match[4] or 1), pairs, not match[5])
+        chains, slices = int(match[4] or 1), int(match[5] or 1)
+        return cls(match[1], int(match[2]), stage_rank, actions, chains, slices, pairs, not match[6])
 
 
 def _pairs(words: list[list[str]]) -> Iterator[Action]:

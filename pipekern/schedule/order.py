@@ -29,12 +29,14 @@ def needs(schedule: Schedule, action: Action) -> tuple[Action, ...]:
     op, stage, microbatch = action
     if op == "F":
         before = schedule.previous_stage(stage)
-        return () if before is None else (Action("F", before, microbatch),)
+        found = () if before is None else (Action("F", before, microbatch),)
+        return (*found, Action("F", stage, microbatch - 1)) if microbatch % schedule.slices else found
     if op == "W":
         return (Action("B", stage, microbatch),)
     after = schedule.next_stage(stage)
     own = Action("F", stage, microbatch)
-    return (own,) if after is None else (own, Action("B", after, microbatch))
+    found = (own,) if after is None else (own, Action("B", after, microbatch))
+    return (*found, Action("B", stage, microbatch + 1)) if (microbatch + 1) % schedule.slices else found
 
 
 def result(action: Action) -> Action:

@@ -124,9 +124,9 @@ def build(
         microbatches,
         tuple(entry.placement(grid)),
         tuple(tuple(_flat(row)) for row in rows),
-        entry.chains,
-        pairs,
-        entry.synchronous,
+        chains=entry.chains,
+        pairs=pairs,
+        synchronous=entry.synchronous,
     )
 
 

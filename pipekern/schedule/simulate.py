@@ -62,12 +62,12 @@ class _Ticks:
     @classmethod
     def of(cls, schedule: Schedule, costs: Costs) -> _Ticks:
         shares = [schedule.share(stage) for stage in range(schedule.stages)]
-        forward = _exact("forward", costs.forward, shares)
-        backward = _exact("backward", costs.backward, shares)
-        weight = _exact("weight", costs.weight, shares)
+        forward = _exact("forward", costs.forward, shares, schedule.slices)
+        backward = _exact("backward", costs.backward, shares, schedule.slices)
+        weight = _exact("weight", costs.weight, shares, schedule.slices)
         comm = _exact("comm", costs.comm, [1] * (schedule.stages - 1))
         both = [b + w for b, w in zip(backward, weight, strict=True)]
-        pair = [] if costs.pair is None else _exact("pair", costs.pair, shares)
+        pair = [] if costs.pair is None else _exact("pair", costs.pair, shares, schedule.slices)
         scale, ticks = scaled(forward, backward, weight, both, comm, pair)
         return cls(scale, *ticks)
 
@@ -75,13 +75,13 @@ class _Ticks:
         return {"F": self.forward, "B": self.backward, "W": self.weight, "BW": self.both}[op]
 
 
-def _exact(name: str, cost: Cost, parts: Sequence[int]) -> list[Fraction]:
+def _exact(name: str, cost: Cost, parts: Sequence[int], slices: int = 1) -> list[Fraction]:
     """A cost for each of ``parts``: the value listed for it, or the one cost divided by the part's number."""
     if not isinstance(cost, Sequence):
-        return [Fraction(cost) / part for part in parts]
+        return [Fraction(cost) / (part * slices) for part in parts]
     if len(cost) != len(parts):
         raise ConfigError(f"{name} has {len(cost)} values; this schedule needs one number or {len(parts)} values")
-    return fractions(name, cost)
+    return [value / slices for value in fractions(name, cost)]
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
@@ -120,8 +120,8 @@ class _Run:
         self.busy = [0] * schedule.ranks
         self.spans: list[list[tuple[Action, int, int]]] = [[] for _ in range(schedule.ranks)]
         self.messages = 0
-        self._output = [[0] * schedule.microbatches for _ in range(schedule.stages)]
-        self._gradient = [[0] * schedule.microbatches for _ in range(schedule.stages)]
+        self._output = [[0] * schedule.units for _ in range(schedule.stages)]
+        self._gradient = [[0] * schedule.units for _ in range(schedule.stages)]
 
     def step(self, rank: int, index: int) -> None:
         row = self.schedule.actions[rank]
@@ -172,7 +172,7 @@ class _Run:
 
 def _peak(schedule: Schedule, row: Sequence[Action], kept: Fraction) -> float:
     shares = math.lcm(1, *(schedule.share(action.stage) for action in row))
-    scale = shares * kept.denominator
+    scale = shares * kept.denominator * schedule.slices
     stays = int(kept * kept.denominator)
     held = peak = 0
     for op, stage, _ in row:

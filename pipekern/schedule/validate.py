@@ -51,6 +51,8 @@ def _shape(schedule: Schedule) -> Iterator[str]:
     """Faults that make the rest of the checks meaningless."""
     if schedule.microbatches < 1:
         yield f"microbatches={schedule.microbatches}; a step needs at least 1"
+    if schedule.slices < 1:
+        yield f"slices={schedule.slices}; a micro-batch is at least 1"
     if schedule.chains < 1 or not schedule.stages or schedule.stages % max(schedule.chains, 1):
         yield f"{schedule.stages} stages do not form chains={schedule.chains} of equal length"
     for stage, rank in enumerate(schedule.stage_rank):
@@ -74,20 +76,20 @@ def _present(schedule: Schedule) -> Iterator[str]:
     for action, times in count.items():
         if times > 1:
             yield f"{action} runs {times} times"
-    for microbatch in range(schedule.microbatches):
+    for microbatch in range(schedule.units):
         for stage in schedule.path(microbatch):
             yield from _one_stage(schedule, stage, microbatch, count)
 
 
 def _path(schedule: Schedule, microbatch: int) -> range:
-    return schedule.path(microbatch) if 0 <= microbatch < schedule.microbatches else range(0)
+    return schedule.path(microbatch) if 0 <= microbatch < schedule.units else range(0)
 
 
 def _why_unknown(schedule: Schedule, action: Action) -> str:
     if action.op not in OPS:
         return f"operations are {', '.join(OPS)}"
-    if not 0 <= action.microbatch < schedule.microbatches:
-        return f"there are {schedule.microbatches} micro-batches"
+    if not 0 <= action.microbatch < schedule.units:
+        return f"there are {schedule.units} micro-batches" + " and slices" * (schedule.slices > 1)
     if not 0 <= action.stage < schedule.stages:
         return f"there are {schedule.stages} stages"
     path = schedule.path(action.microbatch)
