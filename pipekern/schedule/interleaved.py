@@ -12,23 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from pipekern.errors import ConfigError
 from pipekern.schedule.ir import Action
 from pipekern.schedule.one_f_one_b import warm_up_pairs_drain
 from pipekern.schedule.registry import MANY_CHUNKS, Grid, register
+from pipekern.schedule.rules import multiple
 
 
 @register("interleaved-1f1b", chunks=MANY_CHUNKS)
 def interleaved(grid: Grid) -> Iterator[Iterable[Action]]:
     """The rows of all ranks: the ``k``-th forward runs chunk ``k // p mod v``, in groups of ``p`` micro-batches."""
     ranks, microbatches, chunks, _ = grid
-    if microbatches % ranks:
-        below, above = microbatches // ranks * ranks, -(-microbatches // ranks) * ranks
-        nearest = below if below and microbatches - below < above - microbatches else above
-        raise ConfigError(
-            f"microbatches={microbatches}: interleaved-1f1b needs a multiple of ranks={ranks}; "
-            f"nearest microbatches={nearest}"
-        )
+    multiple("interleaved-1f1b", "microbatches", microbatches, ranks, "ranks")
     for rank in range(ranks):
         turns = [_turn(k, ranks, chunks) for k in range(microbatches * chunks)]
         forwards = [Action("F", chunk * ranks + rank, microbatch) for chunk, microbatch in turns]

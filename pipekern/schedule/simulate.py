@@ -105,7 +105,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
         makespan=number(makespan, scale),
         span=number(span, scale),
         busy=[number(busy, scale) for busy in run.busy],
-        peak_activations=[_peak(schedule, row, Fraction(costs.kept)) for row in schedule.actions],
+        peak_activations=peak_activations(schedule, costs.kept),
         messages=run.messages,
     )
 
@@ -168,6 +168,14 @@ class _Run:
         elif op != "W":
             self._gradient[stage][microbatch] = end
         self.spans[rank].append((action, start, end))
+
+
+def peak_activations(schedule: Schedule, kept: float = 1.0) -> list[float]:
+    """The most that each rank holds, in activations of one micro-batch through its whole share; it has no cost in it.
+
+    An activation counts whole from its F to its B, and ``kept`` of it from its B to its W.
+    """
+    return [_peak(schedule, row, Fraction(kept)) for row in schedule.actions]
 
 
 def _peak(schedule: Schedule, row: Sequence[Action], kept: Fraction) -> float:
