@@ -7,5 +7,6 @@ namespace pipekern {
 
 void bind_transport(pybind11::module_& m);
 void bind_schedule(pybind11::module_& m);
+void bind_search(pybind11::module_& m);
 
 }  // namespace pipekern
