@@ -1,0 +1,141 @@
+"""pipekern beside every schedule of torch.distributed.pipelining, and DeepSpeed where it is installed.
+
+    python -m benchmarks.pipeline_cpu [--rounds 10] [--case TEXT] [--out benchmarks/results/pipeline_cpu.csv]
+
+Two ranks of one thread, each pinned to a core. The same model, weights, batch, split and optimizer for all; gradients
+are compared with the unsplit model's before anything is timed. A step lasts from a barrier until every rank has ended
+it; contenders take turns in shuffled rounds, and ratios are taken round by round: contender over pipekern, so that more
+than 1 is slower than pipekern.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.pipelines import rounds
+from benchmarks.pipelines.case import cases, trivial
+from benchmarks.pipelines.contender import contenders
+from benchmarks.pipelines.machine import describe
+from benchmarks.pipelines.overhead import microseconds_an_instruction
+from benchmarks.pipelines.rounds import Result
+
+Row = dict[str, str | int]
+
+
+def main() -> None:
+    """Start two ranks, or be one of them."""
+    options = arguments()
+    if "RANK" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "benchmarks.pipeline_cpu",
+        ]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit(f"this benchmark needs a core for each of its two ranks; this process may use {len(cores)}")
+    os.sched_setaffinity(0, {cores[int(os.environ["RANK"])]})  # before a thread starts: all of them inherit it
+    rank_main(options)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--library", default="", help="only pipekern and this library")
+    parser.add_argument("--out", type=Path, help="write a CSV file")
+    return parser.parse_args()
+
+
+def rank_main(options: argparse.Namespace) -> None:
+    """One rank of two, alone on its core."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    first = dist.get_rank() == 0
+    machine = describe()
+    runners = [c for c in contenders() if c.library == "pipekern" or options.library in c.library]
+    rows: list[Row] = []
+
+    def say(text: str) -> None:
+        if first:
+            print(text, flush=True)
+
+    say("\n".join(f"{key}: {value}" for key, value in machine.items()))
+    for case in cases():
+        if options.case in case.name:
+            say(f"\n{case.name}")
+            table = tabulate(case.name, rounds.run(case, runners, options.rounds, say))
+            rows.extend(table)
+            say(show(table))
+    if first:
+        own, work, count = microseconds_an_instruction(trivial(64, steps=5), repeats=20)
+        say(f"\nexecutor's own cost: {own:.1f} µs an instruction ({count} a step; the stages' work is {work:.1f} µs)")
+        machine["executor_us_an_instruction"] = f"{own:.1f}"
+        if options.out:
+            write(options.out, machine, rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def tabulate(case: str, results: Sequence[Result]) -> list[Row]:
+    """Rows of the table, the fastest first."""
+    ours = [r for r in results if r.contender.library == "pipekern"]
+    fastest = min(ours, key=lambda r: r.seconds)
+    plain = next(r for r in ours if r.contender.schedule == "1f1b")
+    return [_row(case, result, fastest, plain) for result in sorted(results, key=lambda r: r.seconds)]
+
+
+def _row(case: str, result: Result, fastest: Result, plain: Result) -> Row:
+    row: Row = {
+        "case": case,
+        "library": result.contender.library,
+        "schedule": result.contender.schedule,
+        "stages": result.contender.stages,
+    }
+    milliseconds = [seconds * 1e3 for seconds in quantiles(result.rounds, n=4)]
+    columns = {"ms": milliseconds, "ratio": result.ratios(fastest), "ratio_to_1f1b": result.ratios(plain)}
+    for column, values in columns.items():
+        for quartile, value in zip(("q1", "median", "q3"), values, strict=True):
+            row[f"{column}_{quartile}"] = f"{value:.4g}"
+    return {**row, "gradient_error": f"{result.error:.1e}", "rounds": len(result.rounds)}
+
+
+def show(rows: Sequence[Row]) -> str:
+    """The table in a terminal: milliseconds and ratios as median [quartiles]."""
+    lines = [f"  {'':32}{'ms a step':>26}{'over pipekern’s fastest':>30}{'over its 1f1b':>26}"]
+    for row in rows:
+        name = f"{row['library']} {row['schedule']}"
+        spans = [f"{row[f'{k}_median']} [{row[f'{k}_q1']}, {row[f'{k}_q3']}]" for k in ("ms", "ratio", "ratio_to_1f1b")]
+        lines.append(f"  {name:32}{spans[0]:>26}{spans[1]:>30}{spans[2]:>26}")
+    return "\n".join(lines)
+
+
+def write(path: Path, machine: dict[str, str], rows: Sequence[Row]) -> None:
+    """CSV, with the machine in comment lines before it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

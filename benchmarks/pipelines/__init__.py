@@ -1,0 +1,1 @@
+"""What benchmarks/pipeline_cpu.py compares: cases, and the pipelines that run them."""

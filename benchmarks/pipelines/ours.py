@@ -1,0 +1,56 @@
+"""pipekern's schedules."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+import pipekern as pk
+from benchmarks.pipelines.case import Case
+from benchmarks.pipelines.contender import Contender
+
+RANKS = 2
+
+
+class Ours:
+    """A ``pk.Pipeline`` on the case's model."""
+
+    def __init__(self, schedule: str, chunks: int, case: Case, transport: str = "auto"):
+        stages = RANKS * chunks
+        self._case = case
+        self._pipe = pk.Pipeline(
+            case.model(stages),
+            loss_fn=case.loss_fn,
+            microbatches=case.microbatches,
+            ranks=RANKS,
+            schedule=schedule,
+            chunks=chunks,
+            split=case.split(stages),
+            transport=transport,
+        )
+        self._optimizer = self._pipe.optimizer(case.optimizer, **case.options)
+
+    def train(self) -> torch.Tensor:
+        """Forward and backward."""
+        return self._pipe.train_step(self._case.x, self._case.y)
+
+    def step(self) -> None:
+        self.train()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self._pipe.named_parameters()}
+
+    def close(self) -> None:
+        self._pipe.close()
+
+
+def contenders() -> list[Contender]:
+    """Every schedule that the runtime executes, interleaved with 2 and 4 chunks a rank."""
+    grid = [("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 4), ("looped-bfs", 2)]
+    return [
+        Contender("pipekern", name if chunks == 1 else f"{name} ×{chunks}", RANKS * chunks, partial(Ours, name, chunks))
+        for name, chunks in grid
+    ]
