@@ -12,7 +12,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import pipekern
 from pipekern._version import __version__
 from pipekern.cli.output import emit
 
@@ -86,7 +85,7 @@ def _version(distribution: str) -> str | None:
 
 def _build_note() -> dict[str, str]:
     """What the build left: its tier (python where nothing was compiled), compiler, and the reason if there is one."""
-    note = Path(pipekern.__file__).with_name("_build.json")
+    note = Path(__file__).parents[1] / "_build.json"
     if not note.exists():
         return {"tier": "python", "compiler": "", "reason": "not built: this is a bare source tree; pip install it"}
     return dict(json.loads(note.read_text()))

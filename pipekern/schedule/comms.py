@@ -13,7 +13,7 @@ from pipekern.trace.timeline import Span
 
 SENDS = ("SEND_F", "SEND_B")
 RECEIVES = ("RECV_F", "RECV_B")
-_UNIT = Costs(forward=1, backward=1, weight=1)
+UNIT = Costs(forward=1, backward=1, weight=1)
 
 Edge = tuple[int, int]
 
@@ -67,9 +67,9 @@ def program(schedule: Schedule) -> Program:
     """
     check_order(schedule)
     rows = _insert(schedule)
-    spans = simulate(schedule, _UNIT).spans
+    spans = simulate(schedule, UNIT).spans
     slots = _slots(schedule, spans)
-    return Program(schedule, rows, slots, _sequential(schedule, rows, slots, spans))
+    return Program(schedule, rows, slots, bounded_order(schedule, rows, slots, spans))
 
 
 def _source(schedule: Schedule, action: Action) -> int | None:
@@ -146,7 +146,7 @@ def _slots(schedule: Schedule, spans: tuple[Span, ...]) -> dict[Edge, int]:
     return slots
 
 
-def _sequential(
+def bounded_order(
     schedule: Schedule, rows: tuple[tuple[Instruction, ...], ...], slots: dict[Edge, int], spans: tuple[Span, ...]
 ) -> tuple[tuple[int, int], ...]:
     """An order near to that of the simulation; raises ``ScheduleError`` where the slots are too few."""

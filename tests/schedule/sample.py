@@ -1,0 +1,85 @@
+"""Random schedules that can run, and a slow simulator to compare with."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from random import Random
+
+from pipekern.schedule import Action, Schedule
+
+
+def random_schedule(random: Random, split: bool = True, chains: bool = True) -> Schedule:
+    """Any placement and any order that some run of all ranks could have had."""
+    ranks, microbatches = random.randint(1, 4), random.randint(1, 5)
+    many = 2 if chains and random.random() < 0.3 else 1
+    depth = random.randint(ranks, 2 * ranks)
+    stage_rank = [rank for _ in range(many) for rank in _placement(random, ranks, depth)]
+    empty = Schedule("random", microbatches, tuple(stage_rank), ((),) * ranks, many)
+    todo = []
+    for microbatch in range(microbatches):
+        path = empty.path(microbatch)
+        todo += [("F", stage, microbatch) for stage in path]
+        for stage in path:
+            ops = ["B", "W"] if split and random.random() < 0.5 else ["BW"]
+            todo += [(op, stage, microbatch) for op in ops]
+    rows: list[list[Action]] = [[] for _ in range(ranks)]
+    done: set[tuple[str, int, int]] = set()
+    left = [Action(*item) for item in todo]
+    while left:
+        action = random.choice([a for a in left if all(any(d in done for d in either) for either in inputs(empty, a))])
+        left.remove(action)
+        done.add(action)
+        rows[stage_rank[action.stage]].append(action)
+    return Schedule("random", microbatches, tuple(stage_rank), tuple(map(tuple, rows)), many)
+
+
+def _placement(random: Random, ranks: int, depth: int) -> list[int]:
+    stages = list(range(ranks)) + [random.randrange(ranks) for _ in range(depth - ranks)]
+    random.shuffle(stages)
+    return stages
+
+
+def inputs(schedule: Schedule, action: Action) -> list[list[tuple[str, int, int]]]:
+    """What an action needs; of each list one. Written out from the definitions, apart from the package's own."""
+    op, stage, i = action
+    first, last = stage % schedule.depth == 0, stage % schedule.depth == schedule.depth - 1
+    if op == "F":
+        return [] if first else [[("F", stage - 1, i)]]
+    if op == "W":
+        return [[("B", stage, i)]]
+    return [[("F", stage, i)]] + ([] if last else [[("B", stage + 1, i), ("BW", stage + 1, i)]])
+
+
+Times = dict[Action, tuple[Fraction, Fraction]]
+
+
+def replay(schedule: Schedule, cost: dict[str, list[Fraction]], comm: list[Fraction]) -> Times:
+    """Start and end of every action: sweep over the ranks until nothing changes."""
+    times: Times = {}
+    clock = [Fraction(0)] * schedule.ranks
+    position = [0] * schedule.ranks
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(schedule.actions):
+            if position[rank] == len(row):
+                continue
+            action = row[position[rank]]
+            start = clock[rank]
+            known = True
+            for either in inputs(schedule, action):
+                made = next((Action(*d) for d in either if Action(*d) in times), None)
+                if made is None:
+                    known = False
+                    break
+                link = min(made.stage, action.stage)
+                late = comm[link] if schedule.stage_rank[made.stage] != rank else 0
+                start = max(start, times[made][1] + late)
+            if known:
+                parts = action.op
+                clock[rank] = start + sum((cost[op][action.stage] for op in parts), Fraction(0))
+                times[action] = (start, clock[rank])
+                position[rank] += 1
+                moved = True
+    assert sum(position) == sum(map(len, schedule.actions))
+    return times
