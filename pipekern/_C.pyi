@@ -3,8 +3,64 @@
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
-def digest(pointer: int, bytes: int, seed: int) -> int: ...
+class Job:
+    """One rank's membership in a job."""
+
+    def __init__(self, rank: int, world: int, token: str, timeout: float) -> None: ...
+    def connect(self) -> None: ...
+    def check(self) -> None: ...
+    def abort(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+class Sender:
+    """The sending end of a link."""
+
+    def __init__(self, job: Job, number: int, name: str, target: int, slots: int) -> None: ...
+    def free(self, tag: int) -> bool: ...
+    def send_tensor(
+        self,
+        tag: int,
+        pointer: int,
+        dtype: int,
+        shape: tuple[int, ...],
+        requires_grad: bool,
+        digest: int,
+    ) -> bool | None:
+        """True: sent. False: no free slot. None: the shape does not fit a header, send a bundle."""
+
+    def send_bundle(self, tag: int, descriptor: bytes, tensors: Sequence[tuple[int, int]], digest: int) -> bool:
+        """``tensors``: pointer and size in bytes of each."""
+
+    def send_bytes(self, tag: int, data: object) -> bool:
+        """``data``: anything with the buffer protocol, contiguous."""
+
+class Arrival:
+    """A bundle in its slot, which is free again when this and all views are gone."""
+
+    def view(self, offset: int, dtype: int, shape: Sequence[int]) -> object:
+        """A DLPack capsule of a tensor in the payload."""
+
+class Receiver:
+    """The receiving end of a link."""
+
+    def __init__(self, job: Job, number: int, name: str, source: int, slots: int) -> None: ...
+    def ready(self) -> bool: ...
+    def recv(self, tag: int, wait: float) -> tuple[Any, int, Any, int] | None:
+        """(DLPack capsule, dtype, requires_grad, digest), or for a bundle (arrival, -1, descriptor, digest).
+
+        ``wait`` in seconds, negative: no limit.
+        """
+
+    def recv_bytes(self, tag: int, wait: float) -> bytes | None: ...
+    def held(self) -> list[tuple[int, ...] | bytes]:
+        """Of each message still in its slot: a tensor's shape, or a bundle's descriptor."""
+
+    def owns(self, pointer: int) -> bool: ...
+
+def digest(pointer: int, bytes: int, seed: int) -> int:
+    """A 64-bit digest of ``bytes`` bytes of memory at ``pointer``; not cryptographic."""
 
 class StreamRule(Enum):
     ONE_F_ONE_B = ...
@@ -26,3 +82,15 @@ def stream(
     weight: Sequence[int],
     comm: Sequence[int],
 ) -> list[StreamRank]: ...
+def search(
+    ranks: int,
+    microbatches: int,
+    chunks: int,
+    cap: float,
+    kept: float,
+    cost: Sequence[Sequence[float]],
+    latency: Sequence[float],
+    makespan: bool,
+    good_enough: tuple[float, float],
+    work: int,
+) -> tuple[list[bytes], float, float]: ...

@@ -32,15 +32,13 @@ u64 digest(const void* data, std::size_t bytes, u64 seed) {
 
     // 1. Four lanes, 64 bytes a turn: the products do not wait for each other.
     for (; left >= 64; left -= 64, p += 64)
-        for (int i = 0; i < 4; ++i)
-            lane[i] = fold(load(p + 16 * i) ^ kMix[i], load(p + 16 * i + 8) ^ lane[i]);
+        for (int i = 0; i < 4; ++i) lane[i] = fold(load(p + 16 * i) ^ kMix[i], load(p + 16 * i + 8) ^ lane[i]);
 
     // 2. The rest, padded with zeros; the length tells padding from data.
     unsigned char tail[64] = {};
     if (left) {
         std::memcpy(tail, p, left);
-        for (int i = 0; i < 4; ++i)
-            lane[i] = fold(load(tail + 16 * i) ^ kMix[i], load(tail + 16 * i + 8) ^ lane[i]);
+        for (int i = 0; i < 4; ++i) lane[i] = fold(load(tail + 16 * i) ^ kMix[i], load(tail + 16 * i + 8) ^ lane[i]);
     }
 
     // 3. The lanes and the length into one word.

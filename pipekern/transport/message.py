@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,31 +69,11 @@ def pack(value: Any, convert: Callable[[Tensor, str], Tensor] | None = None) -> 
 
     ``convert(tensor, place)`` is what is done to each tensor, :func:`plain` if not given.
     """
-    convert = convert or plain
-    tensors: list[Tensor] = []
-    specs: list[list[Any]] = []
-
-    def encode(item: Any, place: str) -> Any:
-        kind = type(item)
-        if item is None or kind in (bool, int, float, str):
-            return item
-        if isinstance(item, Tensor):
-            tensors.append(convert(item, place))
-            specs.append([DTYPE_CODE[item.dtype], list(item.shape), item.requires_grad])
-            return ["tensor"]
-        if kind is torch.Size:
-            return ["size", list(item)]
-        if kind in (tuple, list):
-            return [kind.__name__, [encode(part, f"{place}[{i}]") for i, part in enumerate(item)]]
-        if kind is dict:
-            return ["dict", {_key(key, place): encode(part, f"{place}[{key!r}]") for key, part in item.items()}]
-        raise ConfigError(
-            f"{place} is a {kind.__module__}.{kind.__qualname__}; between stages go tensors, None, bool, int, float "
-            "and str, in tuples, lists and dicts: convert it at the end of the stage"
-        )
-
-    tree = encode(value, "the value")
-    return Packed(json.dumps({"tensors": specs, "value": tree}, separators=(",", ":")).encode(), tensors)
+    found: list[tuple[Tensor, str]] = []
+    tree = _encode(value, "the value", found)
+    tensors = [(convert or plain)(tensor, place) for tensor, place in found]
+    rows = [[DTYPE_CODE[tensor.dtype], list(tensor.shape), tensor.requires_grad] for tensor, _ in found]
+    return Packed(json.dumps({"tensors": rows, "value": tree}, separators=(",", ":")).encode(), tensors)
 
 
 def specs(descriptor: bytes) -> list[TensorSpec]:
@@ -111,25 +91,10 @@ def unpack(descriptor: bytes, tensors: Sequence[Tensor]) -> Any:
     given = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
     if wanted != given:
         raise TransportError(f"a message announces the tensors {wanted} and brings {given}")
-    leaves = (
-        tensor.requires_grad_() if grad else tensor
-        for tensor, (_, _, grad) in zip(tensors, tree["tensors"], strict=True)
-    )
-
-    def decode(item: Any) -> Any:
-        if not isinstance(item, list):
-            return item
-        kind = item[0]
-        if kind == "tensor":
-            return next(leaves)
-        if kind == "dict":
-            return {key: decode(part) for key, part in item[1].items()}
-        if kind == "size":
-            return torch.Size(item[1])
-        parts = [decode(part) for part in item[1]]
-        return tuple(parts) if kind == "tuple" else parts
-
-    return decode(tree["value"])
+    for tensor, (_, _, grad) in zip(tensors, tree["tensors"], strict=True):
+        if grad:
+            tensor.requires_grad_()
+    return _decode(tree["value"], iter(tensors))
 
 
 def plain(tensor: Tensor, place: str = "the value") -> Tensor:
@@ -158,6 +123,44 @@ def check_plain(tensor: Tensor, place: str) -> None:
 def flat_bytes(tensor: Tensor) -> Tensor:
     """The bytes of a contiguous ``tensor`` as uint8 of shape ``(nbytes,)``, sharing its memory."""
     return tensor.detach().view(-1).view(torch.uint8)
+
+
+# Both walks are functions of the module: a function within another that calls itself is a cycle, which would keep a
+# message's tensors, and so its slot, until the garbage collector comes by.
+def _encode(item: Any, place: str, found: list[tuple[Tensor, str]]) -> Any:
+    """The JSON of ``item``, whose tensors are appended to ``found``, each with its place."""
+    kind = type(item)
+    if item is None or kind in (bool, int, float, str):
+        return item
+    if isinstance(item, Tensor):
+        found.append((item, place))
+        return ["tensor"]
+    if kind is torch.Size:
+        return ["size", list(item)]
+    if kind in (tuple, list):
+        return [kind.__name__, [_encode(part, f"{place}[{i}]", found) for i, part in enumerate(item)]]
+    if kind is dict:
+        parts = {_key(key, place): _encode(part, f"{place}[{key!r}]", found) for key, part in item.items()}
+        return ["dict", parts]
+    raise ConfigError(
+        f"{place} is a {kind.__module__}.{kind.__qualname__}; between stages go tensors, None, bool, int, float "
+        "and str, in tuples, lists and dicts: convert it at the end of the stage"
+    )
+
+
+def _decode(item: Any, tensors: Iterator[Tensor]) -> Any:
+    """What :func:`_encode` has encoded."""
+    if not isinstance(item, list):
+        return item
+    kind = item[0]
+    if kind == "tensor":
+        return next(tensors)
+    if kind == "dict":
+        return {key: _decode(part, tensors) for key, part in item[1].items()}
+    if kind == "size":
+        return torch.Size(item[1])
+    parts = [_decode(part, tensors) for part in item[1]]
+    return tuple(parts) if kind == "tuple" else parts
 
 
 def _key(key: Any, place: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections import OrderedDict, namedtuple
 from typing import Any
 
@@ -118,6 +120,20 @@ def test_what_cannot_travel_is_named(value: Any, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         message.pack(value)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_nothing_keeps_the_tensors() -> None:
+    """A slot is free when its tensors die: by their count of references, not when the collector comes by."""
+    gc.disable()
+    try:
+        sent = torch.zeros(2)
+        descriptor, arrived = message.pack({"a": (sent, 1)})
+        watched = [weakref.ref(sent), weakref.ref(arrived[0])]
+        value = message.unpack(descriptor, arrived)
+        del sent, arrived, value
+        assert [reference() for reference in watched] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_damage_is_noticed() -> None:

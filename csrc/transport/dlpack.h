@@ -1,0 +1,47 @@
+// DLPack's legacy structures (the ABI that every torch reads), and views of a message in them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "transport/receiver.h"
+
+namespace pipekern {
+
+extern "C" {
+struct DLDevice {
+    std::int32_t device_type;
+    std::int32_t device_id;
+};
+struct DLDataType {
+    std::uint8_t code;
+    std::uint8_t bits;
+    std::uint16_t lanes;
+};
+struct DLTensor {
+    void* data;
+    DLDevice device;
+    std::int32_t ndim;
+    DLDataType dtype;
+    std::int64_t* shape;
+    std::int64_t* strides;
+    std::uint64_t byte_offset;
+};
+struct DLManagedTensor {
+    DLTensor dl_tensor;
+    void* manager_ctx;
+    void (*deleter)(DLManagedTensor*);
+};
+}
+
+// A contiguous tensor in the message's payload; it refers to the message until its deleter is called. `dtype` is a
+// place in kDtypes. Raises where it would reach beyond the payload.
+DLManagedTensor* view_of(std::shared_ptr<const Arrival> arrival, std::uint64_t offset, std::uint8_t dtype,
+                         std::vector<std::int64_t> shape);
+
+// The one tensor of a message that is not a bundle.
+DLManagedTensor* view_of(std::shared_ptr<const Arrival> arrival);
+
+}  // namespace pipekern

@@ -1,0 +1,22 @@
+// What must happen in a child that forks off (a data-loader worker, say): it is no rank, and must not look like one.
+#pragma once
+
+#include <functional>
+
+namespace pipekern {
+
+// While it lives, every fork() of this process runs `in_child` in the child, before fork() returns there.
+class ForkGuard {
+  public:
+    explicit ForkGuard(std::function<void()> in_child);
+    ~ForkGuard();
+    ForkGuard(const ForkGuard&) = delete;
+    ForkGuard& operator=(const ForkGuard&) = delete;
+
+    void run() const { in_child_(); }
+
+  private:
+    std::function<void()> in_child_;
+};
+
+}  // namespace pipekern

@@ -1,0 +1,58 @@
+// The sending end of a link.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "transport/job.h"
+#include "transport/ring.h"
+
+namespace pipekern {
+
+struct Piece {
+    const void* data;
+    std::size_t bytes;
+};
+
+// What the header says of a message, beside its bytes and its place.
+struct Label {
+    std::uint64_t tag = 0;
+    std::uint64_t digest = 0;
+    std::uint8_t dtype = 0;
+    std::uint8_t ndim = 0;
+    std::uint8_t flags = 0;
+    std::uint32_t shape[kMaxDims] = {};
+    std::uint32_t descriptor = 0;
+};
+
+class Sender {
+  public:
+    // Makes the link's control memory and passes it to the receiver.
+    Sender(std::shared_ptr<Job> job, LinkName link, int target);
+
+    // Whether send() would find a slot; a refusal counts as waiting for one. Raises the job's failure.
+    bool free(std::uint64_t tag);
+
+    // Copies the pieces, each at a multiple of 64 bytes, into the next slot; false at once when it is not free.
+    bool send(const Label& label, const Piece* pieces, std::size_t count);
+
+    const LinkName& link() const { return link_; }
+
+  private:
+    bool refuse(std::uint64_t tag);
+    bool grow(std::size_t bytes);
+    void publish(const Label& label, std::size_t bytes);
+
+    std::shared_ptr<Job> job_;
+    LinkName link_;
+    int target_;
+    Ring ring_;
+    std::shared_ptr<Memory> region_;  // the slots' payloads; a larger one takes its place when a message does not fit
+    std::size_t slot_bytes_ = 0;
+    std::uint32_t generation_ = 0;
+    std::uint64_t next_ = 1;
+    std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
+};
+
+}  // namespace pipekern

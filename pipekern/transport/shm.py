@@ -1,0 +1,186 @@
+"""Links through shared memory, between processes of one host.
+
+The sender copies a message once, into a slot of memory that both processes map; the receiver computes on a view
+of the slot, and the slot is free again when the last such view dies. Everything that waits, watches or touches
+shared memory is in C++ (``csrc/transport``); here values become headers and bytes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import sys
+import traceback
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+
+from pipekern import _C
+from pipekern.transport import message
+from pipekern.transport.base import Link, Message
+
+_ALIGN = 64  # of every tensor in a bundle
+_FIRST_FP8 = message.DTYPE_CODE[torch.float8_e4m3fn]  # from here on a dtype travels as bytes
+_TEXT_BYTES = 8000  # of a failure, with its traceback, on the job's page
+
+
+class ShmSender:
+    """The sending end of a link."""
+
+    def __init__(self, link: Link, end: _C.Sender):
+        self.link = link
+        self._end = end
+
+    def send(self, tag: int, value: Any, digest: int = 0) -> bool:
+        """See :meth:`pipekern.transport.base.Sender.send`."""
+        if isinstance(value, Tensor):
+            if not _is_plain(value):
+                if not self._end.free(tag):
+                    return False
+                plain = message.plain(value)
+            else:
+                plain = value
+            sent = self._end.send_tensor(
+                tag, plain.data_ptr(), message.DTYPE_CODE[plain.dtype], plain.shape, value.requires_grad, digest
+            )
+            if sent is not None:
+                return sent
+        if not self._end.free(tag):
+            return False
+        descriptor, tensors = message.pack(value)
+        return self._end.send_bundle(tag, descriptor, [(part.data_ptr(), part.nbytes) for part in tensors], digest)
+
+
+class ShmReceiver:
+    """The receiving end of a link."""
+
+    def __init__(self, link: Link, end: _C.Receiver):
+        self.link = link
+        self._end = end
+
+    def ready(self) -> bool:
+        """See :meth:`pipekern.transport.base.Receiver.ready`."""
+        return self._end.ready()
+
+    def recv(self, tag: int, wait: float | None = None) -> Message | None:
+        """See :meth:`pipekern.transport.base.Receiver.recv`."""
+        arrived = self._end.recv(tag, -1.0 if wait is None else max(wait, 0.0))
+        if arrived is None:
+            return None
+        content, dtype, extra, digest = arrived
+        if dtype < 0:
+            return Message(_unbundle(content, extra), digest)
+        tensor = _tensor(content, dtype)
+        return Message(tensor.requires_grad_() if extra else tensor, digest)
+
+    def held(self) -> list[tuple[int, ...]]:
+        """See :meth:`pipekern.transport.base.Receiver.held`; of a bundle, all shapes until its last tensor is gone."""
+        shapes: list[tuple[int, ...]] = []
+        for item in self._end.held():
+            shapes += [spec.shape for spec in message.specs(item)] if isinstance(item, bytes) else [item]
+        return shapes
+
+    def owns(self, pointer: int) -> bool:
+        """See :meth:`pipekern.transport.base.Receiver.owns`."""
+        return self._end.owns(pointer)
+
+
+class ShmTransport:
+    """This process's part of a job among processes of one host and one user."""
+
+    name = "shm"
+
+    def __init__(self, rank: int, world: int, token: str, timeout: float, barrier: Callable[[], object]):
+        """Join; returns when all ``world`` ranks have.
+
+        ``token`` is the same on all ranks and of no other job (16 random bytes in hex). ``timeout`` in seconds
+        bounds a peer's silence, and all ranks' waiting at once. ``barrier`` returns once every rank has called it.
+        Raises ``TransportError``.
+        """
+        self._job = _C.Job(rank, world, token, timeout)
+        barrier()  # every rank listens now
+        self._job.connect()
+        self._rank = rank
+        # A program that ends in order leaves the job in order, one that ends by an exception tells which.
+        self._leave = functools.partial(_leave, weakref.ref(self))
+        atexit.register(self._leave)
+
+    def open(self, links: Sequence[Link]) -> tuple[dict[str, ShmSender], dict[str, ShmReceiver]]:
+        """See :meth:`pipekern.transport.base.Transport.open`."""
+        numbered = list(enumerate(links))
+        senders = {
+            link.name: ShmSender(link, _C.Sender(self._job, number, link.name, link.target, link.slots))
+            for number, link in numbered
+            if link.source == self._rank
+        }
+        receivers = {
+            link.name: ShmReceiver(link, _C.Receiver(self._job, number, link.name, link.source, link.slots))
+            for number, link in numbered
+            if link.target == self._rank
+        }
+        return senders, receivers
+
+    def check(self) -> None:
+        """See :meth:`pipekern.transport.base.Transport.check`."""
+        self._job.check()
+
+    def abort(self, error: BaseException, where: str) -> None:
+        """See :meth:`pipekern.transport.base.Transport.abort`."""
+        head = f"rank {self._rank} failed, in {where}:\n"
+        trace = "".join(traceback.format_exception(error)).encode(errors="replace")
+        tail = trace[-(_TEXT_BYTES - len(head.encode())) :].decode(errors="replace")  # the error stands at the end
+        self._job.abort(head + tail)
+
+    def close(self) -> None:
+        """See :meth:`pipekern.transport.base.Transport.close`."""
+        atexit.unregister(self._leave)
+        self._job.close()
+
+
+def _leave(reference: weakref.ref[ShmTransport]) -> None:
+    """At the interpreter's exit: what ended the program, if it was an exception, is every rank's failure."""
+    transport = reference()
+    if transport is None:
+        return
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    if error is not None:
+        transport.abort(error, "the program, outside of the pipeline")
+    transport.close()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's memory can be copied as it stands: no conversion by ``message.plain`` is needed."""
+    kind = type(tensor)
+    return (
+        (kind is Tensor or kind is torch.nn.Parameter)
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.dtype in message.DTYPE_CODE
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
+def _tensor(capsule: object, dtype: int) -> Tensor:
+    tensor = torch.utils.dlpack.from_dlpack(capsule)
+    return tensor.view(message.DTYPES[dtype]) if dtype >= _FIRST_FP8 else tensor
+
+
+def _unbundle(arrival: _C.Arrival, descriptor: bytes) -> Any:
+    tensors = []
+    offset = _aligned(len(descriptor))
+    for spec in message.specs(descriptor):
+        code = message.DTYPE_CODE[spec.dtype]
+        tensors.append(_tensor(arrival.view(offset, code, list(spec.shape)), code))
+        offset = _aligned(offset + spec.nbytes)
+    return message.unpack(descriptor, tensors)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGN) * _ALIGN
