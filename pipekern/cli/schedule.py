@@ -97,7 +97,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _misshapen(schedule: Schedule) -> bool:
     """Whether there are actions of stages or micro-batches that there are not, so that no time can be given them."""
-    stages, microbatches = range(schedule.stages), range(schedule.microbatches)
+    stages, microbatches = range(schedule.stages), range(schedule.units)
     return any(a.stage not in stages or a.microbatch not in microbatches for row in schedule.actions for a in row)
 
 

@@ -1,11 +1,14 @@
-"""Random schedules that can run, and a slow simulator to compare with."""
+"""What tests of schedules share: random schedules that can run, a slow simulator to compare with, grids."""
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from random import Random
+from types import ModuleType
 
-from pipekern.schedule import Action, Schedule
+from pipekern.schedule import Action, Costs, Schedule
+from pipekern.trace import text
 
 
 def random_schedule(random: Random, split: bool = True, chains: bool = True) -> Schedule:
@@ -83,3 +86,15 @@ def replay(schedule: Schedule, cost: dict[str, list[Fraction]], comm: list[Fract
                 moved = True
     assert sum(position) == sum(map(len, schedule.actions))
     return times
+
+
+def assert_docstring_draws(module: ModuleType, schedule: Schedule) -> None:
+    """The grid in the generator's docstring is the one that it builds."""
+    rows = re.findall(r"^    (rank .*)$", module.__doc__ or "", re.MULTILINE)
+    width = len(rows[0].split(" ", 2)[2])
+    assert rows == text.draw(schedule.simulate(Costs(1, 1, 1)), width).splitlines()
+
+
+def row(schedule: Schedule, rank: int) -> str:
+    """A rank's order in the text form."""
+    return " ".join(map(str, schedule.actions[rank]))

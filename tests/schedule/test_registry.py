@@ -66,4 +66,4 @@ def test_zigzag() -> None:
 )
 def test_wrong_combination(name: str, sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(name, **{"ranks": 4, "microbatches": 8} | sizes)  # type: ignore[arg-type]
+        build(name, **{"ranks": 4, "microbatches": 8} | sizes)
