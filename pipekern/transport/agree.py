@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, Protocol
 
-from pipekern.errors import TransportTimeout
+from pipekern.errors import PeerDied, TransportTimeout
 
 SLICE = 0.1  # seconds: the longest that a wait goes without looking at the job
 
@@ -22,20 +22,23 @@ class Store(Protocol):
 
 
 def gather_json(
-    store: Store, name: str, rank: int, ranks: int, row: Mapping[str, Any], timeout: float, check: Callable[[], None]
+    store: Store, name: str, rank: int, ranks: int, row: Mapping[str, Any], timeout: float, left: Callable[[int], bool]
 ) -> list[dict[str, Any]]:
     """``row`` of every rank, by rank. Collective; ``name`` may be used once a store.
 
-    Values are what JSON can say, and arrive as JSON gives them back: tuples as lists. ``check`` is called while
-    waiting, and may raise. Raises ``TransportTimeout`` naming the ranks that have not come after ``timeout`` seconds.
+    Values are what JSON can say, and arrive as JSON gives them back: tuples as lists. ``left(rank)`` is asked while
+    waiting for ``rank``; it may raise. Raises ``PeerDied`` for a rank that left instead of coming, and
+    ``TransportTimeout`` naming the ranks that have not come after ``timeout`` seconds.
     """
     store.set(f"{name}/{rank}", json.dumps(row))
     rows: list[dict[str, Any]] = []
     deadline = time.monotonic() + timeout
     pause = 0.0005
     for other in range(ranks):
-        while not store.check([f"{name}/{other}"]):
-            check()
+        key = f"{name}/{other}"
+        while not store.check([key]):
+            if left(other) and not store.check([key]):  # looked at again: it may have come and then left
+                raise PeerDied(f"rank {other} has left the job before '{name}'; read what it printed", other)
             if time.monotonic() > deadline:
                 missing = [r for r in range(other, ranks) if not store.check([f"{name}/{r}"])] or [other]
                 raise TransportTimeout(
@@ -45,7 +48,7 @@ def gather_json(
                 )
             time.sleep(pause)
             pause = min(2 * pause, SLICE)
-        rows.append(json.loads(store.get(f"{name}/{other}")))
+        rows.append(json.loads(store.get(key)))
     return rows
 
 

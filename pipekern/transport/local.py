@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pipekern.errors import ConfigError, MessageMismatch, TransportError
-from pipekern.transport.base import Link, Message
+from pipekern.transport.base import Link, Message, Receiver, Sender
 from pipekern.transport.message import Packed, check_plain, pack, unpack
 
 
@@ -30,16 +30,15 @@ class LocalTransport:
         self._ends: list[LocalReceiver] = []
         self._closed = False
 
-    def open(self, links: Sequence[Link]) -> tuple[dict[str, LocalSender], dict[str, LocalReceiver]]:
+    def open(self, links: Sequence[Link]) -> tuple[dict[str, Sender], dict[str, Receiver]]:
         """Both ends of every link, by name. Raises ``ConfigError`` for a link to a rank that is not there."""
         for link in links:
             if not (0 <= link.source < self.ranks and 0 <= link.target < self.ranks):
                 raise ConfigError(
                     f"link {link.name} goes from {link.source} to {link.target}; there are {self.ranks} ranks"
                 )
-        receivers = {link.name: LocalReceiver(self, link) for link in links}
-        self._ends = list(receivers.values())
-        return {name: LocalSender(end) for name, end in receivers.items()}, receivers
+        self._ends = [LocalReceiver(self, link) for link in links]
+        return {end.link.name: LocalSender(end) for end in self._ends}, {end.link.name: end for end in self._ends}
 
     def check(self) -> None:
         """Raises only after :meth:`close`: in one thread a failure is the exception itself."""
@@ -103,8 +102,8 @@ class LocalReceiver:
             )
         if self._queue[0].tag != tag:
             raise MessageMismatch(
-                f"rank {link.target} expects the message {tag:#x} on link {link.name}, and rank {link.source} sent "
-                f"{self._queue[0].tag:#x}: the two ranks run different programs",
+                f"the message on link '{link.name}' from rank {link.source} has tag {self._queue[0].tag}, the program "
+                f"expects {tag}: the two ranks run different programs",
                 link.source,
             )
         message = self._queue.popleft()

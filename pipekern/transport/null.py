@@ -1,10 +1,12 @@
 """Moves nothing and records every call: what a test of an executor reads.
 
-null = NullTransport(rank=1)
-senders, receivers = null.open([Link("0>1", 0, 1, 2), Link("1>0", 1, 0, 2)])
-null.script("0>1", torch.ones(2))              # what recv will return, in this order
-receivers["0>1"].recv(tag=7)
-null.calls[-1]                                 # Call(op="recv", link="0>1", tag=7, shapes=((2,),), dtypes=(…,))
+    null = NullTransport(rank=1)
+    senders, receivers = null.open([Link("0>1", 0, 1, 2), Link("1>0", 1, 0, 2)])
+    null.script("0>1", torch.ones(2))
+    receivers["0>1"].recv(tag=7)  # the tensor just scripted
+    null.calls[-1]  # Call(op="recv", link="0>1", tag=7, shapes=((2,),), dtypes=(torch.float32,))
+
+Nothing is checked: what a test does not script does not happen.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipekern.errors import TransportError
-from pipekern.transport.base import Link, Message
+from pipekern.transport.base import Link, Message, Receiver, Sender
 from pipekern.transport.message import pack
 
 
@@ -50,12 +52,12 @@ class NullTransport:
         """Make the next ``sends`` sends on ``link`` find no free slot."""
         self._refusals[link] = sends
 
-    def open(self, links: Sequence[Link]) -> tuple[dict[str, NullSender], dict[str, NullReceiver]]:
+    def open(self, links: Sequence[Link]) -> tuple[dict[str, Sender], dict[str, Receiver]]:
         """The ends of ``links`` that belong to this rank."""
         self.calls.append(Call("open"))
-        senders = {link.name: NullSender(self, link) for link in links if self.rank in (None, link.source)}
-        receivers = {link.name: NullReceiver(self, link) for link in links if self.rank in (None, link.target)}
-        return senders, receivers
+        outgoing = [link for link in links if self.rank in (None, link.source)]
+        incoming = [link for link in links if self.rank in (None, link.target)]
+        return {k.name: NullSender(self, k) for k in outgoing}, {k.name: NullReceiver(self, k) for k in incoming}
 
     def check(self) -> None:
         """Raises ``error`` if a test has set it."""
