@@ -18,7 +18,8 @@ from examples.gpt.model import GPT, generate
 from examples.gpt.text import Text
 from pipekern.runtime.verify import Verification
 from pipekern.schedule import Schedule
-from pipekern.trace import chrome, gantt
+from pipekern.trace.chrome import to_chrome
+from pipekern.trace.gantt import draw
 
 PROMPT = "def "
 INDEX = "model.safetensors.index.json"
@@ -96,8 +97,11 @@ class Report:
         """Fill the run folder."""
         (self.folder / "summary.json").write_text(json.dumps(self.summary(), indent=1) + "\n")
         self.text.tokenizer.save(str(self.folder / "tokenizer.json"))
-        chrome.save(self.speed.timeline, self.folder / "trace.json")
-        gantt.save(self.speed.timeline, self.folder / "timeline.png")
+        (self.folder / "trace.json").write_text(json.dumps(to_chrome(self.speed.timeline)))
+        title = (
+            f"A step of {self.schedule.name} on {self.schedule.ranks} ranks, {self.schedule.microbatches} micro-batches"
+        )
+        draw(self.speed.timeline, self.folder / "timeline.png", title)
         plot_losses(self.losses, self.heldout, self.folder / "loss.png")
 
     def show(self, net: GPT, length: int) -> None:

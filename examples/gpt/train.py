@@ -115,13 +115,14 @@ class Unsplit:
 
     def __init__(self, net: GPT, training: Training):
         self._net = net
-        self._training = training
+        self._microbatches = training.options.microbatches
+        self._batch = training.batch()  # every rank draws one: their samplers stay alike
         self._optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.1)
 
     def step(self) -> None:
         """One step, micro-batch by micro-batch."""
-        m = self._training.options.microbatches
-        x, y = self._training.batch()
+        m = self._microbatches
+        x, y = self._batch
         for inputs, targets in zip(x.chunk(m), y.chunk(m), strict=True):
             (loss_fn(self._net(inputs), targets) / m).backward()
         torch.nn.utils.clip_grad_norm_(self._net.parameters(), CLIP)
