@@ -20,7 +20,8 @@ def _norm(grad: torch.Tensor, norm_type: float) -> float:
 
 
 def total_norm(rows: Iterable[torch.Tensor], norm_type: float) -> tuple[torch.Tensor, int]:
-    """The norm over all :func:`partials`, summed in the order of their indices (0-d float64), and the index of the first
+    """The norm over all :func:`partials`, summed in the order of their indices (0-d float64), and the index of the
+    first
     that is not finite, -1 where all are."""
     table = torch.cat(list(rows))
     table = table[table[:, 0].argsort()]
@@ -30,7 +31,9 @@ def total_norm(rows: Iterable[torch.Tensor], norm_type: float) -> tuple[torch.Te
 
 
 def scale(parameters: Iterable[nn.Parameter], max_norm: float, total: torch.Tensor) -> None:
-    """Multiply every gradient by ``max_norm / (total + 1e-6)`` where that is below 1, as ``torch.nn.utils.clip_grad_norm_``."""
+    """Multiply every gradient by ``max_norm / (total + 1e-6)`` where that is below 1, as
+    ``torch.nn.utils.clip_grad_norm_``.
+    """
     factor = float(max_norm / (total + 1e-6))
     grads = [p.grad for p in parameters if p.grad is not None]
     if factor < 1.0 and grads:

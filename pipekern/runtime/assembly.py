@@ -29,7 +29,9 @@ _EVALUATE = {"RECV_F": "receive_evaluate", "F": "evaluate", "SEND_F": "send_eval
 
 
 def links(blueprint: Blueprint) -> list[Link]:
-    """Every link of the job, in the same order on every rank: between stages, between holders of a weight, and the star."""
+    """Every link of the job, in the same order on every rank: between stages, between holders of a weight, and the
+    star.
+    """
     home = blueprint.schedule.stage_rank
     between = [Link(f"{a}>{b}", home[a], home[b], slots) for (a, b), slots in sorted(blueprint.slots().items())]
     return between + tie_links(blueprint.ties) + star_links(blueprint.schedule.ranks, blueprint.root_rank)
@@ -95,7 +97,9 @@ class Assembly:
         return [unit for stage in self.stages.values() for unit in stage.units]
 
     def counted(self) -> dict[str, nn.Parameter]:
-        """The parameters that this process answers for in a sum over the model: a tied one on its owner, under its first name."""
+        """The parameters that this process answers for in a sum over the model: a tied one on its owner, under its
+        first name.
+        """
         first = {id(p): name for name, p in reversed(self.parameters.items())}
         for tie in self.blueprint.ties if self.rank is not None else ():
             if self.rank in tie.names and self.rank != min(tie.names):
@@ -130,7 +134,9 @@ class Assembly:
             runner.clear()
 
 
-def build_stages(blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], seed: int) -> dict[int, Stage]:
+def build_stages(
+    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], seed: int
+) -> dict[int, Stage]:
     """The stages ``here``, with memory and weights, each on the device of its rank; ``devices`` is by rank."""
     stages = {}
     for index in here:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ Split = Sequence[int] | LayerCosts | None
 
 @dataclass(frozen=True)
 class Blueprint:
-    """``stages[s]`` are the units of stage s, ``first_unit[s]`` the index of its first; ``parameters`` every name in order."""
+    """``stages[s]`` are the units of stage s, ``first_unit[s]`` the index of its first.
+
+    ``parameters`` gives every name its place in the model's order; names of one tied weight share theirs.
+    """
 
     root: nn.Module
     schedule: Schedule
@@ -35,7 +39,7 @@ class Blueprint:
     stages: list[list[Unit]]
     first_unit: list[int]
     ties: list[Tie]
-    parameters: list[str]
+    parameters: dict[str, int]
     state: list[str]
 
     @property
@@ -56,7 +60,7 @@ class Blueprint:
             "chunks": self.schedule.chunks,
             "order of instructions": str(self.schedule),
             "split": [len(units) for units in self.stages],
-            "parameters": self.parameters,
+            "parameters": list(self.parameters),
             "dtype": ", ".join(dtypes),
             "version of pipekern": pipekern.__version__,
         }
@@ -79,10 +83,19 @@ def draw(
     starts = [sum(counts[:stage]) for stage in range(len(counts))]
     stages = [units[start : start + count] for start, count in zip(starts, counts, strict=True)]
     refuse_shared_state(stages)
-    parameters = [name for name, _ in root.named_parameters()] or [n for unit in units for n, _ in unit.named_parameters()]
+    place: dict[int, int] = {}
+    parameters = {name: place.setdefault(id(p), len(place)) for unit in units for name, p in unit.named_parameters()}
     state = list(root.state_dict()) or [unit.prefix + n for unit in units for n in unit.train.state_dict()]
     return Blueprint(
-        root, order, order.program(), order.forward_only().program(), stages, starts, find_ties(stages, order.stage_rank), parameters, state
+        root,
+        order,
+        order.program(),
+        order.forward_only().program(),
+        stages,
+        starts,
+        find_ties(stages, order.stage_rank),
+        parameters,
+        state,
     )
 
 
@@ -95,12 +108,14 @@ def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: i
         order = schedule
         if (order.ranks, order.microbatches) != (ranks, microbatches):
             raise ConfigError(
-                f"the schedule {order.name!r} is for {order.ranks} ranks and {order.microbatches} micro-batches, the pipeline has "
+                f"the schedule {order.name!r} is for {order.ranks} ranks and {order.microbatches} micro-batches, the "
+                "pipeline has "
                 f"{ranks} and {microbatches}: build it for these"
             )
     if any(action.op in ("B", "W") for row in order.actions for action in row):
         raise ConfigError(
-            f"the schedule {order.name!r} puts weight gradients off (W), which the runtime cannot do yet; it can be simulated. "
+            f"the schedule {order.name!r} puts weight gradients off (W), which the runtime cannot do yet; it can be "
+            "simulated. "
             "Run 'gpipe', '1f1b', 'interleaved-1f1b' or 'looped-bfs'"
         )
     order.check()
@@ -111,15 +126,17 @@ def _split(split: Split, units: Sequence[Unit], order: Schedule) -> list[int]:
     """Units a stage."""
     if len(units) < order.stages:
         raise ConfigError(
-            f"the model has {len(units)} units to cut ({', '.join(unit.name for unit in units)}) for {order.stages} stages "
-            f"({order.ranks} ranks × {order.chunks} chunks); every stage needs one: use fewer ranks or chunks, or more layers"
+            f"the model has {len(units)} units to cut ({', '.join(unit.name for unit in units)}) for {order.stages} "
+            "stages "
+            f"({order.ranks} ranks × {order.chunks} chunks); every stage needs one: use fewer ranks or chunks, or more "
+            "layers"
         )
     if split is None or isinstance(split, LayerCosts):
         costs = estimate(units) if split is None else split.total()
         if len(costs) != len(units):
             raise ConfigError(f"split has costs of {len(costs)} units, the model has {len(units)}: profile this model")
         bounds = partition(costs, order.stages).bounds
-        return [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [b - a for a, b in pairwise(bounds)]
     counts = list(split)
     if len(counts) != order.stages or sum(counts) != len(units) or min(counts) < 1:
         raise ConfigError(

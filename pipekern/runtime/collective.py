@@ -27,7 +27,13 @@ class Star:
     """The star as rank ``rank`` sees it; with one process for all ranks (``rank`` None) there is nobody to tell."""
 
     def __init__(
-        self, rank: int | None, ranks: int, root: int, outgoing: Outgoing, senders: Mapping[str, Sender], receivers: Mapping[str, Receiver]
+        self,
+        rank: int | None,
+        ranks: int,
+        root: int,
+        outgoing: Outgoing,
+        senders: Mapping[str, Sender],
+        receivers: Mapping[str, Receiver],
     ):
         self.rank, self.ranks, self.root = rank, ranks, root
         self._outgoing = outgoing
@@ -49,7 +55,7 @@ class Star:
     def receive(self, tag: int) -> torch.Tensor:
         """On the others: what the root published."""
         message = self._outgoing.receive(self._receivers[f"down {self.rank}"], LOSS_TAG | tag)
-        return message.value.clone()  # type: ignore[no-any-return]
+        return message.value.clone()
 
     def gather(self, value: Any) -> list[Any]:
         """``value`` of every rank, by rank, on every rank; collective. Values are what a message can carry."""
@@ -58,17 +64,14 @@ class Star:
         tag = EXCHANGE_TAG | self._exchanges
         self._exchanges += 1
         if self.rank == self.root:
-            rows = [
-                value if rank == self.root else self._take(f"up {rank}", tag)
-                for rank in range(self.ranks)
-            ]
+            rows = [value if rank == self.root else self._take(f"up {rank}", tag) for rank in range(self.ranks)]
             for rank in range(self.ranks):
                 if rank != self.root:
                     self._outgoing.send(self._senders[f"down {rank}"], tag, rows)
             self._outgoing.drain()
             return rows
         self._outgoing.send(self._senders[f"up {self.rank}"], tag, value)
-        return self._take(f"down {self.rank}", tag)  # type: ignore[no-any-return]
+        return self._take(f"down {self.rank}", tag)
 
     def _take(self, link: str, tag: int) -> Any:
         value = self._outgoing.receive(self._receivers[link], tag).value

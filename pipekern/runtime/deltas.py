@@ -1,7 +1,7 @@
 """Gradients of one step kept apart from those that were there before, where a step must still change its own part.
 
-Two cases: a loss whose divisor is known only at the end of the step, and a weight that several ranks hold, whose gradient is
-the sum of theirs. Everything else accumulates straight into ``.grad``.
+Two cases: a loss whose divisor is known only at the end of the step, and a weight that several ranks hold, whose
+gradient is the sum of theirs. Everything else accumulates straight into ``.grad``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def tie_links(ties: Sequence[Tie]) -> list[Link]:
 
 
 class Ties:
-    """The weights that rank ``rank`` holds together with others. ``parameters[i]`` is its own of ``ties[i]``."""
+    """The weights that rank ``rank`` holds together with others (None: one process has every rank, and holds them once). ``parameters[i]`` is its own of ``ties[i]``."""
 
     def __init__(
         self,
-        rank: int,
+        rank: int | None,
         ties: Sequence[Tie],
         parameters: Mapping[str, nn.Parameter],
         outgoing: Outgoing,

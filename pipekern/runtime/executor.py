@@ -28,8 +28,8 @@ def place(program: Program, rank: int | None) -> list[Placed]:
 class Executor:
     """Runs instructions of the stages of this process, in order.
 
-    ``methods`` names the runner's method for each operation; ``after_last_loss`` is called once the last stage has run its last
-    forward. After a run ``times`` holds the clock (ns) before the first instruction and after each of them.
+    ``methods`` names the runner's method for each operation; ``after_last_loss`` is called once the last stage has run
+    its last forward. After a run ``times`` holds the clock (ns) before the first instruction and after each of them.
     """
 
     def __init__(

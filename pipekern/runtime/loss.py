@@ -18,8 +18,8 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Verdict(NamedTuple):
     """What the last stage tells all ranks of a step.
 
-    ``loss`` of the batch, 0-d, None for an evaluation without targets; the first micro-batch whose loss is not finite, or -1;
-    and what every gradient must still be divided by, where the loss is a pair (sum, count).
+    ``loss`` of the batch, 0-d, None for an evaluation without targets; the first micro-batch whose loss is not finite,
+    or -1; and what every gradient must still be divided by, where the loss is a pair (sum, count).
     """
 
     loss: torch.Tensor | None
@@ -43,9 +43,10 @@ class Verdict(NamedTuple):
 class Loss:
     """``loss_fn`` over one batch of micro-batches.
 
-    Three rules, chosen by what ``loss_fn`` is: a mean over targets (``nn.CrossEntropyLoss``, ``nn.NLLLoss``) is summed and
-    divided by the weight of all targets that are not ignored; a pair (sum, count) is divided by the count of the whole batch,
-    known only at the end; any other scalar counts by its samples, or as it is where its ``reduction`` is ``"sum"``.
+    Three rules, chosen by what ``loss_fn`` is: a mean over targets (``nn.CrossEntropyLoss``, ``nn.NLLLoss``) is summed
+    and divided by the weight of all targets that are not ignored; a pair (sum, count) is divided by the count of the
+    whole batch, known only at the end; any other scalar counts by its samples, or as it is where its ``reduction`` is
+    ``"sum"``.
     """
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any]):
@@ -59,7 +60,9 @@ class Loss:
             self._call.reduction = "sum"  # type: ignore[attr-defined]
 
     def start(self, targets: Sequence[Any], sizes: Sequence[int]) -> None:
-        """Begin a batch: ``targets`` by micro-batch, none where there is no loss to compute, and their ``sizes`` in samples."""
+        """Begin a batch: ``targets`` by micro-batch, none where there is no loss to compute, and their ``sizes`` in
+        samples.
+        """
         self._values: list[torch.Tensor] = []
         self._counts: list[torch.Tensor] = []
         if not targets:
@@ -82,7 +85,8 @@ class Loss:
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ConfigError(
-                f"loss_fn returned {shape}; a loss is one number, or a pair (sum, count): reduce it, for instance by .mean()"
+                f"loss_fn returned {shape}; a loss is one number, or a pair (sum, count): reduce it, for instance by "
+                ".mean()"
             )
         loss = loss.reshape(())
         self._values.append(loss.detach() * weight)
@@ -93,7 +97,7 @@ class Loss:
             raise ConfigError(f"loss_fn returned {len(pair)} values; a loss is one number, or a pair (sum, count)")
         total, count = pair
         self._counts.append(torch.as_tensor(count, dtype=torch.float64).detach())
-        return total  # type: ignore[no-any-return]
+        return total
 
     def result(self) -> Verdict:
         """The verdict on the batch so far."""

@@ -13,10 +13,6 @@ from torch.utils import _pytree as pytree
 from pipekern.errors import ConfigError
 from pipekern.stage.random import mix
 
-try:
-    from pipekern._C import digest as _hash_memory
-except ImportError:
-    _hash_memory = None
 
 
 def batch_size(value: Any, name: str) -> int:
@@ -24,7 +20,8 @@ def batch_size(value: Any, name: str) -> int:
     sizes = {t.shape[0] for t in _tensors(value) if t.ndim > 0}
     if len(sizes) > 1:
         raise ConfigError(
-            f"{name} has tensors with {' and '.join(map(str, sorted(sizes)))} samples; the first dimension of every tensor is the "
+            f"{name} has tensors with {' and '.join(map(str, sorted(sizes)))} samples; the first dimension of every "
+            "tensor is the "
             "batch: expand the smaller ones, or keep constants in the model"
         )
     if not sizes:
@@ -91,7 +88,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def digest(*values: Any) -> int:
     """A 63-bit number of the tensors' bytes and shapes, never 0; equal on ranks with equal batches.
 
-    By the extension's hash at memory speed, or by BLAKE2 where it is not built: ranks check at the start that they agree.
+    By the extension's hash at memory speed, or by BLAKE2 where it is not built: ranks check at the start that they
+    agree.
     """
     state = len(values)
     for tensor in _tensors(values):
@@ -101,7 +99,9 @@ def digest(*values: Any) -> int:
 
 
 def _hash(pointer: int, nbytes: int) -> int:
-    if _hash_memory is not None:
-        return _hash_memory(pointer, nbytes, 0)
-    memory = (ctypes.c_char * nbytes).from_address(pointer) if nbytes else b""
-    return int.from_bytes(hashlib.blake2b(memory, digest_size=8).digest(), "little")
+    try:
+        from pipekern._C import digest as hash_memory
+    except ImportError:
+        memory = (ctypes.c_char * nbytes).from_address(pointer) if nbytes else b""
+        return int.from_bytes(hashlib.blake2b(memory, digest_size=8).digest(), "little")
+    return hash_memory(pointer, nbytes, 0)

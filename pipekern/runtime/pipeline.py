@@ -32,18 +32,21 @@ class Pipeline:
     """A model cut into stages, trained with micro-batches flowing through them, synchronous and exact.
 
     ``module`` is an ``nn.Sequential``, an ``nn.Module`` whose forward runs a layer list, or a list of ``LayerSpec``.
-    Under a launcher such as torchrun each process is a rank; without one, all ``ranks`` run in this process. The gradients
-    after a step are those of the mean loss of the batch, as the unsplit module gives them micro-batch by micro-batch.
+    Under a launcher such as torchrun each process is a rank; without one, all ``ranks`` run in this process. The
+    gradients after a step are those of the mean loss of the batch, as the unsplit module gives them micro-batch by
+    micro-batch.
 
     * ``loss_fn(output, y)`` returns a scalar, which counts by its samples, or a pair (sum, count).
-    * ``devices``: one a rank; by default the GPUs, else the CPU. ``chunks``: stages a rank; by default the schedule's own.
+    * ``devices``: one a rank; by default the GPUs, else the CPU. ``chunks``: stages a rank; by default the schedule's
+      own.
     * ``split``: units a stage, or ``LayerCosts`` from ``pk.profile``; by default estimated.
-    * ``on_nonfinite``: a loss or norm that is not finite raises ``NumericsError``, or drops the step's gradients on all ranks
-      together (``"skip"``), or is let through (``"ignore"``).
+    * ``on_nonfinite``: a loss or norm that is not finite raises ``NumericsError``, or drops the step's gradients on all
+      ranks together (``"skip"``), or is let through (``"ignore"``).
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
-    Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first dimension.
-    After an exception a pipeline in one process can be used again (clear the gradients); one among processes is closed.
+    Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
+    dimension. After an exception a pipeline in one process can be used again (clear the gradients); one among processes
+    is closed.
     """
 
     def __init__(
@@ -79,7 +82,8 @@ class Pipeline:
     # -- steps
 
     def train_step(self, x: Any = None, y: Any = None) -> torch.Tensor:
-        """Forward and backward of one batch; adds to ``.grad``. Returns its mean loss, the same 0-d tensor on every rank.
+        """Forward and backward of one batch; adds to ``.grad``. Returns its mean loss, the same 0-d tensor on every
+        rank.
 
         ``x`` is needed where the first stage is, ``y`` where the last is; elsewhere they may be None.
         """
@@ -100,13 +104,16 @@ class Pipeline:
             self._step += 1
         assert verdict.loss is not None
         if verdict.first_nonfinite >= 0:
-            self._nonfinite(f"the loss of micro-batch {verdict.first_nonfinite} of step {batch.step} is {float(verdict.loss)}")
+            self._nonfinite(
+                f"the loss of micro-batch {verdict.first_nonfinite} of step {batch.step} is {float(verdict.loss)}"
+            )
         return verdict.loss
 
     def eval_step(self, x: Any = None, y: Any = None) -> Any:
         """Forward of one batch in evaluation mode, without gradients and without changing a buffer or a random number.
 
-        With ``y`` returns the mean loss, on every rank; without, the outputs where the last stage is and None elsewhere.
+        With ``y`` returns the mean loss, on every rank; without, the outputs where the last stage is and None
+        elsewhere.
         """
         parts = self._parts
         with self._running(), torch.no_grad(), parts.evaluating(), preserved(parts.devices):
@@ -125,7 +132,9 @@ class Pipeline:
         inputs = targets = None
         for name, value, needed in (("x", x, 0 in here), ("y", y, training and schedule.stages - 1 in here)):
             if value is None and needed:
-                raise ConfigError(f"{name} is None on a rank that needs it; x goes to the first stage's rank, y to the last's")
+                raise ConfigError(
+                    f"{name} is None on a rank that needs it; x goes to the first stage's rank, y to the last's"
+                )
         sizes = {name: microbatch.batch_size(value, name) for name, value in (("x", x), ("y", y)) if value is not None}
         if len(set(sizes.values())) > 1:
             raise ConfigError(f"x has {sizes['x']} samples and y has {sizes['y']}; they must be the same batch")
@@ -147,7 +156,8 @@ class Pipeline:
         held = self._parts.held()
         if held:
             raise TransportError(
-                f"something holds received tensors past their last use: {', '.join(held)}; a stage that keeps its input or "
+                f"something holds received tensors past their last use: {', '.join(held)}; a stage that keeps its "
+                "input or "
                 "output must keep a copy (.detach().clone())"
             )
 
@@ -190,26 +200,34 @@ class Pipeline:
         return StageParameters(self._parameters(), whole=self._parts.star.alone)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This process's parameters under their names in the original module, a tied one under each name it has here."""
+        """This process's parameters under their names in the original module, a tied one under each name it has
+        here.
+        """
         yield from self._parts.parameters.items()
 
     def optimizer(self, cls: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
         """``cls`` over this process's parameters, also where its stages have none. ``options`` are those of ``cls``."""
-        return cls([{"params": self._parameters()}], **options)  # type: ignore[call-arg]
+        return cls([{"params": self._parameters()}], **options)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """This process's parameters and buffers under their names in the original module; over all ranks, every name."""
+        """This process's parameters and buffers under their names in the original module; over all ranks, every
+        name.
+        """
         known = set(self._parts.blueprint.state)
         own = {name: value for unit in self._parts.units() for name, value in unit.state().items()}
         return {name: value for name, value in own.items() if name in known}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy this process's entries out of ``state``, which may be the whole model's. Raises ``ConfigError`` for missing ones."""
+        """Copy this process's entries out of ``state``, which may be the whole model's. Raises ``ConfigError`` for
+        missing ones.
+        """
         own = self.state_dict()
         missing = sorted(own.keys() - state.keys())
         wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
         if missing or wrong:
-            raise ConfigError(f"load_state_dict: missing {missing}, of another shape {sorted(wrong)}; give the whole model's state")
+            raise ConfigError(
+                f"load_state_dict: missing {missing}, of another shape {sorted(wrong)}; give the whole model's state"
+            )
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state[name])
@@ -217,16 +235,17 @@ class Pipeline:
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages is at most ``max_norm``; collective.
 
-        Returns the norm before, 0-d float64, the same bits on every rank and for every split; a tied weight counts once.
+        Returns the norm before, 0-d float64, the same bits on every rank and for every split; a tied weight counts
+        once.
         """
-        blueprint = self._parts.blueprint
-        index = {name: i for i, name in enumerate(blueprint.parameters)}
+        place = self._parts.blueprint.parameters
         with self._running():
-            own = {index[name]: p for name, p in self._parts.counted().items()}
+            own = {place[name]: p for name, p in self._parts.counted().items()}
             rows = self._parts.star.gather(clip.partials(own, norm_type))
             total, bad = clip.total_norm(rows, norm_type)
         if bad >= 0:
-            self._nonfinite(f"the gradient of {blueprint.parameters[bad]} is not finite")
+            name = next(name for name, index in place.items() if index == bad)
+            self._nonfinite(f"the gradient of {name} is not finite")
         clip.scale(self._parameters(), max_norm, total)
         return total
 

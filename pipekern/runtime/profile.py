@@ -42,7 +42,8 @@ class LayerCosts:
 def profile(model: nn.Module | Sequence[LayerSpec], x: Any, *, repeats: int = 5) -> LayerCosts:
     """Run each unit of ``model`` forward and backward on what it gets from the one before, and take medians.
 
-    ``x`` is one micro-batch. It works on a copy: weights, gradients, buffers and random state of ``model`` stay as they are.
+    ``x`` is one micro-batch. It works on a copy: weights, gradients, buffers and random state of ``model`` stay as they
+    are.
     """
     source = copy.deepcopy(model) if isinstance(model, nn.Module) else model
     units = cut(source, seed=0)[1]

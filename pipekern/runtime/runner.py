@@ -47,7 +47,9 @@ class Ends:
 
 
 class Runner:
-    """A stage with its links. ``previous`` and ``next`` are neighbours on the same rank, which are handed values directly."""
+    """A stage with its links. ``previous`` and ``next`` are neighbours on the same rank, which are handed values
+    directly.
+    """
 
     def __init__(self, stage: Stage, ends: Ends, outgoing: Outgoing, loss: Loss | None):
         self.stage = stage
@@ -113,7 +115,9 @@ class Runner:
 
     def _score(self, microbatch: int, output: Any) -> torch.Tensor:
         assert self._loss is not None and self.batch.targets is not None
-        loss, weight = self._loss.forward(microbatch, output, to_device(self.batch.targets[microbatch], self.stage.device))
+        loss, weight = self._loss.forward(
+            microbatch, output, to_device(self.batch.targets[microbatch], self.stage.device)
+        )
         self._gradients[microbatch] = torch.full((), weight, dtype=loss.dtype, device=loss.device)
         return loss
 
@@ -152,7 +156,9 @@ class Runner:
     def _send_output(self, microbatch: int, kind: int) -> None:
         assert self._ends.forward_out is not None
         digest = self.batch.digest if microbatch == 0 else 0
-        self._outgoing.send(self._ends.forward_out, kind | self.batch.tag | microbatch, self._outputs.pop(microbatch), digest)
+        self._outgoing.send(
+            self._ends.forward_out, kind | self.batch.tag | microbatch, self._outputs.pop(microbatch), digest
+        )
 
     def receive_backward(self, microbatch: int) -> None:
         """RECV_B."""
@@ -171,4 +177,6 @@ class Runner:
     def send_backward(self, microbatch: int) -> None:
         """SEND_B."""
         assert self._ends.backward_out is not None
-        self._outgoing.send(self._ends.backward_out, BACKWARD_TAG | self.batch.tag | microbatch, self._returned.pop(microbatch))
+        self._outgoing.send(
+            self._ends.backward_out, BACKWARD_TAG | self.batch.tag | microbatch, self._returned.pop(microbatch)
+        )

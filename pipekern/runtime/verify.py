@@ -21,9 +21,9 @@ from pipekern.stage.random import generator, preserved, step_key, unit_keys
 class Verification:
     """How far a pipeline is from the unsplit model on one batch.
 
-    ``errors[name]`` is the largest difference of an entry of that parameter's gradient, divided by the largest entry of any
-    gradient of the unsplit model; ``max_error`` the largest of them, at ``worst``; ``loss_error`` the difference of the losses
-    divided by the unsplit model's.
+    ``errors[name]`` is the largest difference of an entry of that parameter's gradient, divided by the largest entry of
+    any gradient of the unsplit model; ``max_error`` the largest of them, at ``worst``; ``loss_error`` the difference of
+    the losses divided by the unsplit model's.
     """
 
     loss: float
@@ -46,10 +46,11 @@ class Verification:
 
 
 def verify(pipe: Pipeline, x: Any, y: Any) -> Verification:
-    """Run one ``train_step`` and the unsplit model on the same batch, weights and random numbers, and compare; collective.
+    """Run one ``train_step`` and the unsplit model on the same batch, weights and random numbers, and compare;
+    collective.
 
-    Every rank gives the whole batch and gets the same answer. The rank of the last stage holds the whole model meanwhile.
-    Gradients, buffers, random state and the step count are left as they were.
+    Every rank gives the whole batch and gets the same answer. The rank of the last stage holds the whole model
+    meanwhile. Gradients, buffers, random state and the step count are left as they were.
     """
     star = pipe._parts.star
     state = _merged(star.gather(dict(pipe.state_dict())))
@@ -85,7 +86,9 @@ def _undisturbed(pipe: Pipeline) -> Iterator[None]:
             buffer.copy_(before)
 
 
-def _compare(pipe: Pipeline, state: dict[str, Any], x: Any, y: Any, loss: float, grads: dict[str, Any]) -> dict[str, Any]:
+def _compare(
+    pipe: Pipeline, state: dict[str, Any], x: Any, y: Any, loss: float, grads: dict[str, Any]
+) -> dict[str, Any]:
     model = _unsplit(pipe, state)
     with preserved(pipe._parts.devices):
         wanted_loss = _reference_step(pipe, model, x, y)
@@ -123,7 +126,9 @@ def _unsplit(pipe: Pipeline, state: dict[str, Any]) -> nn.Module:
 
 
 def _reference_step(pipe: Pipeline, model: nn.Module, x: Any, y: Any) -> float:
-    """The loss; gradients are left in ``model``. Micro-batch by micro-batch in order, every unit with the pipeline's own keys."""
+    """The loss; gradients are left in ``model``. Micro-batch by micro-batch in order, every unit with the pipeline's
+    own keys.
+    """
     blueprint, device = pipe._parts.blueprint, pipe._parts.devices[-1]
     m = blueprint.schedule.microbatches
     units = [unit for stage in blueprint.stages for unit in stage]

@@ -8,6 +8,7 @@ and what it reads of ``self`` is read once, here; ``self.training`` alone is fol
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,25 +38,29 @@ def cut_graph(root: nn.Module) -> list[Piece]:
             module.training = mode
     if [name for name, _ in train] != [name for name, _ in evaluate]:
         raise ConfigError(
-            f"{type(root).__name__} runs other layers in training than in evaluation; the split must be the same in both"
+            f"{type(root).__name__} runs other layers in training than in evaluation; the split must be the same in "
+            "both"
         )
     return [Piece(name, a, a if a.code == b.code else b) for (name, a), (_, b) in zip(train, evaluate, strict=True)]
 
 
 def _layer_list(root: nn.Module) -> tuple[str, list[str]]:
-    """Path of the longest layer list, and the paths of its layers."""
+    """Path of the longest layer list that is in no other one, and the paths of its layers."""
     lists = [(name, m) for name, m in root.named_modules() if name and isinstance(m, nn.ModuleList | nn.Sequential)]
     if not lists:
         raise ConfigError(
             f"{type(root).__name__} has no nn.ModuleList or nn.Sequential to cut; hold its layers in one, "
             "or give an nn.Sequential or a list of pk.LayerSpec"
         )
-    path, layers = max(lists, key=lambda item: len(item[1]))
-    return path, [f"{path}.{name}" for name, _ in layers.named_children()]
+    outer = [(name, m) for name, m in lists if not any(name.startswith(other + ".") for other, _ in lists)]
+    path, layers = max(outer, key=lambda item: len(item[1]))
+    return path, [f"{path}.{name}" for name in layers._modules]
 
 
 class _Tracer(fx.Tracer):
     """Every submodule is a leaf but those that hold the layer list."""
+
+    proxy_buffer_attributes = True  # so that a causal mask can be sliced by the sequence's length
 
     def __init__(self, path: str):
         super().__init__()
@@ -82,25 +87,44 @@ def _pieces(root: nn.Module, path: str, layers: Sequence[str]) -> list[tuple[str
 
 
 def _trace(root: nn.Module, path: str) -> fx.Graph:
-    tracer = _Tracer(path)
+    parameters = inspect.signature(root.forward).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
     try:
-        graph = tracer.trace(root)
+        graph = _Tracer(path).trace(root, defaults)
     except Exception as error:
         raise ConfigError(
-            f"the forward of {type(root).__name__} cannot be traced around self.{path}: {error}. Keep branches on tensor "
+            f"the forward of {type(root).__name__} cannot be traced around self.{path}: {error}. Keep branches on "
+            "tensor "
             "values inside the layers, or give an nn.Sequential or a list of pk.LayerSpec"
         ) from error
     for node in graph.nodes:
         if node.op == "get_attr" and isinstance(node.target, str) and node.target.startswith("_tensor_constant"):
             raise ConfigError(
-                f"the forward of {type(root).__name__} makes a tensor from Python values ({node.target}), which a trace would "
+                f"the forward of {type(root).__name__} makes a tensor from Python values ({node.target}), which a "
+                "trace would "
                 "freeze; register it as a buffer"
             )
+    _drop_defaults(graph, len(parameters) - len(defaults))
     return graph
 
 
+def _drop_defaults(graph: fx.Graph, required: int) -> None:
+    """Take the arguments that were traced with their defaults out of the signature, and the checks that fx puts on
+    them.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    dead = dict.fromkeys(inputs[required:])
+    for node in graph.nodes:
+        if any(source in dead for source in node.all_input_nodes):
+            dead[node] = None
+    for node in reversed(dead):
+        graph.erase_node(node)
+
+
 def _split(root: nn.Module, graph: fx.Graph, segments: Sequence[Sequence[fx.Node]]) -> list[fx.GraphModule]:
-    """One GraphModule a segment. Neighbours agree on the values that cross a cut: those made before and used after it."""
+    """One GraphModule a segment. Neighbours agree on the values that cross a cut: those made before and used after
+    it.
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
     where = {node: i for i, segment in enumerate(segments) for node in segment}
     inputs = [node for node in graph.nodes if node.op == "placeholder"]

@@ -29,7 +29,8 @@ def refuse_shared_state(stages: Sequence[Sequence[Unit]]) -> None:
                 stage, first = home.setdefault(module, (index, unit.prefix + name))
                 if stage != index:
                     faults.append(
-                        f"{unit.prefix + name} ({type(module).__name__}) is in stages {stage} and {index} (there as {first})"
+                        f"{unit.prefix + name} ({type(module).__name__}) is in stages {stage} and {index} (there as "
+                        f"{first})"
                     )
     if faults:
         raise ConfigError(

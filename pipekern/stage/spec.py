@@ -22,7 +22,9 @@ class LayerSpec:
 
     def __init__(self, build: Callable[..., nn.Module], /, *args: Any, **kwargs: Any):
         if not callable(build):
-            raise ConfigError(f"LayerSpec({build!r}): the first argument is a module class or a function that returns one")
+            raise ConfigError(
+                f"LayerSpec({build!r}): the first argument is a module class or a function that returns one"
+            )
         self._build, self._args, self._kwargs = build, args, kwargs
 
     def build(self, index: int, seed: int) -> nn.Module:

@@ -25,8 +25,8 @@ class Stash(NamedTuple):
 class Stage:
     """The units of stage ``index`` of the model ``root``, on ``device``.
 
-    ``root.training`` chooses the units' training code, as it does for the unsplit model. ``keys[microbatch][i]`` seeds unit i (see ``random.py``). Values between stages are any nested tuple, list or dict
-    of tensors and plain values.
+    ``root.training`` chooses the units' training code, as it does for the unsplit model. ``keys[microbatch][i]`` seeds
+    unit i (see ``random.py``). Values between stages are any nested tuple, list or dict of tensors and plain values.
     """
 
     def __init__(self, index: int, root: nn.Module, units: Sequence[Unit], device: torch.device, keys: list[list[int]]):
@@ -50,7 +50,9 @@ class Stage:
         """Start a step."""
         self._fresh = [p for p in self.parameters() if p.grad is None]
 
-    def forward(self, microbatch: int, value: Any, step_key: int, loss: Callable[[Any], torch.Tensor] | None = None) -> Any:
+    def forward(
+        self, microbatch: int, value: Any, step_key: int, loss: Callable[[Any], torch.Tensor] | None = None
+    ) -> Any:
         """Run the units on ``value``, whose leaf tensors get the gradient, with the random numbers of this micro-batch.
 
         The last stage gives ``loss``, which takes the model's output to the scalar that the backward starts from.
@@ -75,7 +77,8 @@ class Stage:
         return value
 
     def backward(self, microbatch: int, gradients: Any) -> Any:
-        """Gradients of the forward's leaves, from those of its outputs; both one tensor, or a list, None where there is none.
+        """Gradients of the forward's leaves, from those of its outputs; both one tensor, or a list, None where there is
+        none.
 
         Adds the weight gradients to ``.grad``.
         """
@@ -98,8 +101,8 @@ class Stage:
 def _own_gradients(fresh: Sequence[nn.Parameter], travelling: Sequence[torch.Tensor | None]) -> list[nn.Parameter]:
     """Give each parameter that has just got its first gradient memory of its own; returns those still without one.
 
-    Autograd may keep a view of the gradient that came in as a parameter's ``.grad`` (a bias behind a reshape). That memory
-    is a slot, or on its way to another stage: later sums into it would corrupt what is there, without an error.
+    Autograd may keep a view of the gradient that came in as a parameter's ``.grad`` (a bias behind a reshape). That
+    memory is a slot, or on its way to another stage: later sums into it would corrupt what is there, without an error.
     """
     memory = {t.untyped_storage().data_ptr() for t in travelling if t is not None}
     for parameter in fresh:
@@ -110,7 +113,9 @@ def _own_gradients(fresh: Sequence[nn.Parameter], travelling: Sequence[torch.Ten
 
 
 def detached(value: Any) -> Any:
-    """The same tensors as leaves of a new graph, each requiring a gradient if it did: what a stage on the same rank gets."""
+    """The same tensors as leaves of a new graph, each requiring a gradient if it did: what a stage on the same rank
+    gets.
+    """
     if isinstance(value, torch.Tensor):
         return value.detach().requires_grad_(value.requires_grad)
     return pytree.tree_map_only(torch.Tensor, detached, value)

@@ -33,8 +33,8 @@ class Unit:
     def call(self, module: nn.Module) -> Callable[[Any], Any]:
         """``module`` (train or evaluate) as a function of one value.
 
-        A model's forward with one parameter gets the batch as it is; with several, which ``spread`` of its first unit names,
-        a tuple is spread over them in order and a dict by name.
+        A model's forward with one parameter gets the batch as it is; with several, which ``spread`` of its first unit
+        names, a tuple is spread over them in order and a dict by name. Parameters with a default keep it.
         """
         if not self.spread:
             return module
@@ -90,7 +90,8 @@ def cut(model: nn.Module | Sequence[LayerSpec], seed: int) -> tuple[nn.Module, l
 
 
 def _children(container: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in container.named_children():
+    for name, child in container._modules.items():  # named_children() leaves out a module that stands here twice
+        assert child is not None
         if type(child) is nn.Sequential and len(child) > 0 and not _hooks(child):
             yield from _children(child, f"{prefix}{name}.")
         else:
@@ -100,7 +101,8 @@ def _children(container: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.M
 def _lazy(model: Sequence[LayerSpec], seed: int) -> tuple[nn.Module, list[Unit]]:
     if not isinstance(model, Sequence) or not all(isinstance(spec, LayerSpec) for spec in model):
         raise ConfigError(
-            f"Pipeline got a {type(model).__name__}; give an nn.Sequential, an nn.Module with a layer list, or a list of pk.LayerSpec"
+            f"Pipeline got a {type(model).__name__}; give an nn.Sequential, an nn.Module with a layer list, or a list "
+            "of pk.LayerSpec"
         )
 
     def unit(index: int, spec: LayerSpec) -> Unit:
@@ -111,7 +113,10 @@ def _lazy(model: Sequence[LayerSpec], seed: int) -> tuple[nn.Module, list[Unit]]
 
 
 def _hooks(module: nn.Module) -> bool:
-    return any(getattr(module, kind) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
+    return any(
+        getattr(module, kind)
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
 
 
 def _refuse_hooks(module: nn.Module) -> None:
@@ -122,7 +127,7 @@ def _refuse_hooks(module: nn.Module) -> None:
 
 
 def _forward_parameters(root: nn.Module) -> tuple[str, ...]:
-    """The names of the forward's parameters, where it has several."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = tuple(p.name for p in inspect.signature(root.forward).parameters.values() if p.kind in kinds)
+    """The names of the forward's parameters without a default, where there are several."""
+    parameters = inspect.signature(root.forward).parameters.values()
+    names = tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
     return names if len(names) > 1 else ()

@@ -9,7 +9,7 @@ message, with the job's abort, with a peer's death, or at the deadline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 
@@ -79,7 +79,7 @@ class Transport(Protocol):
 
     name: str
 
-    def open(self, links: Sequence[Link]) -> tuple[dict[str, Sender], dict[str, Receiver]]:
+    def open(self, links: Sequence[Link]) -> tuple[Mapping[str, Sender], Mapping[str, Receiver]]:
         """Open ``links``, the same list on every rank; returns this process's ends, by link name. Once a job."""
         ...
 
