@@ -58,6 +58,8 @@ def _schedule(args: argparse.Namespace) -> Schedule:
                 f"{name}: a file says its own sizes; leave out --ranks, --microbatches, --chunks, --memory"
             )
         return Schedule.parse(sys.stdin.read() if name == "-" else Path(name).read_text())
+    if name not in names() and Path(name).name != Path(name).stem:
+        raise ConfigError(f"{name} does not exist; give a schedule's name or a file in the text form")
     if name in names():
         missing = [f"--{size}" for size, value in sizes.items() if value is None]
         if missing:

@@ -79,6 +79,7 @@ def test_simulate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["check", "1f1"], "nearest: 1f1b"),
+        (["check", "nowhere.txt"], "nowhere.txt does not exist"),
         (["check", "1f1b"], "1f1b needs --ranks and --microbatches"),
         (["check", "1f1b", *GRID, "--chunks", "3"], "nearest chunks=1"),
         (["simulate", "gpipe", *GRID, "--forward", "1,2,3"], "forward has 3 values"),
