@@ -115,6 +115,7 @@ class Report:
 
     def _lines(self, net: GPT) -> list[str]:
         speed, order = self.speed, self.schedule
+        exactness = "bit for bit" if self.verified.max_error == 0 else str(self.verified)
         weights = sum(p.numel() for p in net.parameters())
         return [
             "",
@@ -128,7 +129,7 @@ class Report:
             f"  bubble     {speed.bubble_ratio:.1%} measured, {speed.simulated_bubble_ratio:.1%} simulated",
             f"  speed      {self.tokens / speed.pipeline:,.0f} tokens/s, {speed.speedup:.2f} × the unsplit model on "
             f"one core ({speed.unsplit * 1e3:.1f} ms a step), measured in turn",
-            f"  gradients  against the unsplit model: {self.verified}",
+            f"  gradients  those of the unsplit model, {exactness}",
         ]
 
     def _files(self) -> list[str]:

@@ -141,6 +141,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=16, help="windows of text a step")
     parser.add_argument("--length", type=int, default=128, help="tokens a window")
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--rounds", type=int, default=11, help="steps that the speed is measured over, at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where tokenised text is kept")
@@ -163,7 +164,7 @@ def main() -> None:
         folder = open_run(chosen.runs)
         save_weights(folder, pipe.state_dict())
         verified = pk.verify(pipe, *training.batch())
-        speed = measure(pipe, schedule, training.step, Unsplit(unsplit, training).step, rounds=11)
+        speed = measure(pipe, schedule, training.step, Unsplit(unsplit, training).step, chosen.rounds)
     if dist.get_rank() == 0:
         tokens = chosen.samples * chosen.length
         report = Report(folder, text, schedule, training.losses, heldout, verified, speed, tokens, training.seconds)
