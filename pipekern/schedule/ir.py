@@ -89,7 +89,7 @@ class Schedule:
         """How many values an action's micro-batch can have: micro-batches times slices."""
         return self.microbatches * self.slices
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Stages that one micro-batch goes through."""
         return self.stages // self.chains
