@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import pipekern
 from pipekern import schedule as schedules
+from pipekern._version import __version__
 from pipekern.errors import ConfigError
 from pipekern.plan.partition import partition
 from pipekern.runtime.profile import LayerCosts
@@ -62,7 +62,7 @@ class Blueprint:
             "split": [len(units) for units in self.stages],
             "parameters": list(self.parameters),
             "dtype": ", ".join(dtypes),
-            "version of pipekern": pipekern.__version__,
+            "version of pipekern": __version__,
         }
 
 
@@ -112,11 +112,11 @@ def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: i
                 "pipeline has "
                 f"{ranks} and {microbatches}: build it for these"
             )
-    if any(action.op in ("B", "W") for row in order.actions for action in row):
+    if not order.runnable or not order.trains:
         raise ConfigError(
-            f"the schedule {order.name!r} puts weight gradients off (W), which the runtime cannot do yet; it can be "
-            "simulated. "
-            "Run 'gpipe', '1f1b', 'interleaved-1f1b' or 'looped-bfs'"
+            f"the schedule {order.name!r} can be simulated but not run yet: the runtime needs whole backwards (BW) of "
+            "every stage, in "
+            "one chain; run one of 'gpipe', '1f1b', 'interleaved-1f1b', 'looped-bfs'"
         )
     order.check()
     return order

@@ -14,7 +14,6 @@ from pipekern.errors import ConfigError
 from pipekern.stage.random import mix
 
 
-
 def batch_size(value: Any, name: str) -> int:
     """Samples in ``value``: the first dimension of its tensors, which must agree. Raises ``ConfigError``."""
     sizes = {t.shape[0] for t in _tensors(value) if t.ndim > 0}
