@@ -25,7 +25,9 @@ def tie_links(ties: Sequence[Tie]) -> list[Link]:
 
 
 class Ties:
-    """The weights that rank ``rank`` holds together with others (None: one process has every rank, and holds them once). ``parameters[i]`` is its own of ``ties[i]``."""
+    """The weights that rank ``rank`` holds together with others (None: one process has every rank, and holds them
+    once). ``parameters[i]`` is its own of ``ties[i]``.
+    """
 
     def __init__(
         self,
