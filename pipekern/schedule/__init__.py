@@ -1,9 +1,26 @@
 """Schedules as data: built by name, checked, given their sends and receives, simulated."""
 
-from pipekern.schedule import gpipe, interleaved, looped_bfs, one_f_one_b  # each registers its schedule
+from pipekern.schedule import (  # noqa: F401  each registers its schedule
+    chimera,
+    dualpipe,
+    dualpipev,
+    gpipe,
+    hanayo,
+    interleaved,
+    looped_bfs,
+    one_f_one_b,
+    pipedream_2bw,
+    seq1f1b,
+    v_half,
+    v_min,
+    zb_h1,
+    zb_h2,
+    zb_v,
+)
 from pipekern.schedule.comms import Instruction, Program, program
 from pipekern.schedule.ir import OPS, Action, Schedule
-from pipekern.schedule.registry import Grid, build, names, register
+from pipekern.schedule.registry import Entry, Grid, build, describe, names, register
+from pipekern.schedule.search import SearchResult, search
 from pipekern.schedule.simulate import Costs, simulate
 from pipekern.schedule.validate import check
 
@@ -11,18 +28,18 @@ __all__ = [
     "OPS",
     "Action",
     "Costs",
+    "Entry",
     "Grid",
     "Instruction",
     "Program",
     "Schedule",
+    "SearchResult",
     "build",
     "check",
-    "gpipe",
-    "interleaved",
-    "looped_bfs",
+    "describe",
     "names",
-    "one_f_one_b",
     "program",
     "register",
+    "search",
     "simulate",
 ]

@@ -29,7 +29,7 @@ def needs(schedule: Schedule, action: Action) -> tuple[Action, ...]:
     op, stage, microbatch = action
     if op == "F":
         before = schedule.previous_stage(stage)
-        found = () if before is None else (Action("F", before, microbatch),)
+        found: tuple[Action, ...] = () if before is None else (Action("F", before, microbatch),)
         return (*found, Action("F", stage, microbatch - 1)) if microbatch % schedule.slices else found
     if op == "W":
         return (Action("B", stage, microbatch),)
