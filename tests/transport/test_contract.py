@@ -1,0 +1,353 @@
+"""What every transport does alike: one suite on all of them. Failures are in test_faults.py."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from pipekern.errors import ConfigError, MessageMismatch, TransportError
+from pipekern.transport import message
+from pipekern.transport.base import Link
+from tests.transport.programs import ALL, PROCESSES, WAIT, Ends, receive, run, send
+
+Steps = Generator[str | None, None, Any]
+on_all = pytest.mark.parametrize("transport", ALL)
+on_processes = pytest.mark.parametrize("transport", PROCESSES)
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal in type, structure and every bit."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        alike = (left.dtype, left.shape, left.requires_grad) == (right.dtype, right.shape, right.requires_grad)
+        return alike and torch.equal(*(message.flat_bytes(message.plain(t)) for t in (left, right)))
+    if isinstance(left, dict):
+        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, tuple | list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return repr(left) == repr(right)
+
+
+def golden(ends: Ends) -> Steps:
+    if ends.rank == 0:
+        value = {"hidden": torch.arange(6.0).reshape(2, 3).requires_grad_(), "mask": (torch.tensor([True]), None)}
+        yield from send(ends, "0>1", 7, value, digest=2**63 - 1)
+        return None
+    hidden = (got := (yield from receive(ends, "0>1", 7))).value["hidden"]
+    return got.digest, hidden.tolist(), hidden.requires_grad, hidden.is_leaf, got.value["mask"][1]
+
+
+@on_all
+def test_golden(transport: str) -> None:
+    assert run(transport, golden)[1] == (2**63 - 1, [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], True, True, None)
+
+
+def sample(seed: int) -> list[Any]:
+    """One value of every kind that may travel, made from ``seed`` alike on every rank."""
+    g = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(6, 8, generator=g)
+    return [
+        matrix.clone(),
+        matrix.clone().requires_grad_(),
+        matrix.T,
+        matrix[1:5, ::2],
+        matrix[0].expand(3, 8),
+        matrix.double().requires_grad_(),
+        matrix.bfloat16(),
+        matrix.half().requires_grad_(),
+        matrix > 0,
+        torch.randint(-(2**62), 2**62, (5,), generator=g),
+        torch.randint(0, 255, (3, 0, 2), generator=g).to(torch.uint8),
+        torch.tensor(float(seed)),
+        torch.tensor(float("nan")).requires_grad_(),
+        torch.randn(1, 2, 1, 3, 1, 2, generator=g),
+        torch.complex(matrix, matrix).conj(),
+        matrix.to(torch.float8_e4m3fn),
+        None,
+        True,
+        -(2**70),
+        float("-inf"),
+        "Grüße",
+        (),
+        [],
+        {},
+        torch.Size([2, 3]),
+        {"a": (matrix.clone(), None, [1, 2.5, "x"]), "b": {"c": matrix.clone().requires_grad_()}, "": (matrix.T, 0)},
+        [torch.empty(0), (torch.empty(2, 0).requires_grad_(),)],
+        tuple(torch.full((n,), float(n)) for n in range(1, 40)),
+    ]
+
+
+def round_trip(ends: Ends) -> Steps:
+    for tag, value in enumerate(sample(1)):
+        if ends.rank == 0:
+            yield from send(ends, "0>1", tag, value)
+            back = yield from receive(ends, "1>0", tag)
+            assert same(value, back.value), (tag, value, back.value)
+        else:
+            there = yield from receive(ends, "0>1", tag)
+            assert same(value, there.value), (tag, value, there.value)
+            yield from send(ends, "1>0", tag, there.value)
+        leaves = [leaf for leaf in pytree.tree_leaves((there if ends.rank else back).value) if torch.is_tensor(leaf)]
+        assert all(leaf.is_leaf and leaf.is_contiguous() for leaf in leaves) or ends.shared
+
+
+@on_all
+def test_every_kind_of_value_goes_there_and_back(transport: str) -> None:
+    run(transport, round_trip)
+
+
+def shapes_change(ends: Ends) -> Steps:
+    for tag, size in enumerate([3, 100_000, 1, 0, 2_000_000, 7]):
+        if ends.rank == 0:
+            yield from send(ends, "0>1", tag, torch.arange(size))
+        else:
+            got = yield from receive(ends, "0>1", tag)
+            assert torch.equal(got.value, torch.arange(size))
+
+
+@on_all
+def test_shapes_change_from_message_to_message(transport: str) -> None:
+    run(transport, shapes_change)
+
+
+def in_order(ends: Ends, messages: int) -> Steps:
+    others = [rank for rank in range(4) if rank != ends.rank]
+    for tag in range(messages):
+        for other in others:
+            yield from send(ends, f"{ends.rank}>{other}", tag, torch.tensor([ends.rank, tag]), digest=tag)
+        for other in reversed(others):
+            got = yield from receive(ends, f"{other}>{ends.rank}", tag)
+            assert got.value.tolist() == [other, tag] and got.digest == tag
+
+
+@on_all
+def test_first_in_first_out_on_all_links_of_four_ranks(transport: str) -> None:
+    links = [Link(f"{a}>{b}", a, b, 1 + (a + b) % 3) for a in range(4) for b in range(4) if a != b]
+    run(transport, in_order, 12, ranks=4, links=links)
+
+
+def graphs_apart(ends: Ends) -> Steps:
+    if ends.rank == 0:
+        weight = torch.tensor(3.0, requires_grad=True)
+        output = weight * torch.ones(4)
+        yield from send(ends, "0>1", 0, (output, weight.detach()))
+        gradient = yield from receive(ends, "1>0", 0)
+        assert weight.grad is None
+        output.backward(gradient.value)
+        return weight.grad
+    output, plain = (yield from receive(ends, "0>1", 0)).value
+    assert output.is_leaf and output.requires_grad and not plain.requires_grad
+    (output * torch.arange(4.0)).sum().backward()
+    yield from send(ends, "1>0", 0, output.grad)
+    return None
+
+
+@on_all
+def test_both_sides_have_graphs_of_their_own(transport: str) -> None:
+    assert run(transport, graphs_apart)[0] == torch.tensor(6.0)
+
+
+def wrong_tag(ends: Ends) -> Steps:
+    if ends.rank == 0:
+        yield from send(ends, "0>1", 11, torch.ones(1))
+        yield None
+    else:
+        yield None
+        with pytest.raises(MessageMismatch, match=r"'0>1'.*11.*22") as caught:
+            ends.receivers["0>1"].recv(22)
+        return caught.value.rank
+    return None
+
+
+@on_all
+def test_a_message_with_another_tag_is_refused(transport: str) -> None:
+    assert run(transport, wrong_tag)[1] == 0
+
+
+def credit(ends: Ends, slots: int, values: list[Any]) -> Steps:
+    """Rank 0 fills the link; rank 1 takes all, keeps them, and then drops one."""
+    if ends.rank == 0:
+        sent = [ends.senders["0>1"].send(tag, values[tag % len(values)]) for tag in range(slots + 1)]
+        assert sent == [True] * slots + [False]
+        yield None
+        yield None
+        assert not ends.senders["0>1"].send(slots, values[0])
+        yield None
+        yield from send(ends, "0>1", slots, torch.zeros(2))
+        assert not ends.senders["0>1"].send(slots + 1, values[0])
+        yield None
+    else:
+        yield None
+        kept = []
+        for tag in range(slots):
+            kept.append((yield from receive(ends, "0>1", tag)).value)
+        assert len(ends.receivers["0>1"].held()) >= slots
+        yield None
+        yield None
+        del kept[0]
+        gc.collect()
+        kept.append((yield from receive(ends, "0>1", slots)).value)
+        yield None
+        del kept
+        assert ends.receivers["0>1"].held() == []
+
+
+@on_all
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_slot_is_in_use_until_its_last_tensor_dies(transport: str, slots: int) -> None:
+    values = [torch.ones(5), {"a": torch.ones(2), "b": (torch.zeros(300_000), None)}, torch.tensor(1.0)]
+    run(transport, credit, slots, values, links=[Link("0>1", 0, 1, slots)])
+
+
+def views_hold(ends: Ends) -> Steps:
+    if ends.rank == 0:
+        yield from send(ends, "0>1", 0, torch.arange(8.0).requires_grad_())
+        yield None
+        assert not ends.senders["0>1"].send(1, None)
+        yield None
+        yield from send(ends, "0>1", 1, None)
+    else:
+        receiver = ends.receivers["0>1"]
+        got = (yield from receive(ends, "0>1", 0)).value
+        pointer = got.data_ptr()
+        saved = (got[2:4] * got[4:6]).sum()  # views, which autograd keeps
+        del got
+        assert receiver.held() == [(8,)] and receiver.owns(pointer) and receiver.owns(pointer + 31)
+        assert not receiver.owns(pointer + 2**40)
+        yield None
+        saved.backward()
+        del saved
+        gc.collect()
+        yield None
+        assert (yield from receive(ends, "0>1", 1)).value is None
+        assert receiver.held() == []
+
+
+@on_processes
+def test_a_view_that_autograd_keeps_holds_the_slot(transport: str) -> None:
+    run(transport, views_hold, links=[Link("0>1", 0, 1, 1)])
+
+
+def poison(ends: Ends) -> Steps:
+    """Rank 1 keeps what it got while rank 0 overwrites its source and sends on."""
+    source = torch.zeros(50_000)
+    if ends.rank == 0:
+        for tag in range(20):
+            source.fill_(float(tag))
+            yield from send(ends, "0>1", tag, source)
+            source.fill_(-1.0)
+    else:
+        kept: list[torch.Tensor] = []
+        for tag in range(20):
+            kept.append((yield from receive(ends, "0>1", tag)).value)
+            assert all(bool((tensor == float(tag - age)).all()) for age, tensor in enumerate(reversed(kept)))
+            del kept[:-1]
+
+
+@on_processes
+def test_nothing_overwrites_a_tensor_that_lives(transport: str) -> None:
+    run(transport, poison)
+
+
+def independent(ends: Ends) -> Steps:
+    if ends.rank == 0:
+        assert ends.senders["full"].send(0, torch.ones(3))
+        assert not ends.senders["full"].send(1, torch.ones(3))
+        for tag in range(10):
+            yield from send(ends, "free", tag, tag)
+        yield from receive(ends, "back", 0)
+    else:
+        for tag in range(10):
+            assert (yield from receive(ends, "free", tag)).value == tag
+        assert ends.receivers["full"].ready() or not ends.shared
+        yield from send(ends, "back", 0, None)
+        assert (yield from receive(ends, "full", 0)).value.tolist() == [1.0, 1.0, 1.0]
+
+
+@on_all
+def test_a_full_link_stops_no_other(transport: str) -> None:
+    run(transport, independent, links=[Link("full", 0, 1, 1), Link("free", 0, 1, 2), Link("back", 1, 0, 1)])
+
+
+def limits(ends: Ends) -> Steps:
+    if ends.rank == 0:
+        yield None
+        yield from send(ends, "0>1", 5, "late")
+    else:
+        receiver = ends.receivers["0>1"]
+        assert receiver.recv(5, wait=0.0) is None
+        assert receiver.recv(5, wait=0.05) is None
+        assert not receiver.ready()
+        yield None
+        while not receiver.ready():
+            yield WAIT
+        got = receiver.recv(5, wait=0.0)
+        assert got is not None and got.value == "late"
+
+
+@on_processes
+def test_a_limited_wait_returns_nothing(transport: str) -> None:
+    run(transport, limits)
+
+
+def refusals(ends: Ends) -> Steps:
+    if ends.rank == 0:
+        for value, named in [
+            ({1, 2}, "builtins.set"),
+            ([0, object()], "the value\\[1\\]"),
+            ({3: 4}, "key 3"),
+            (torch.ones(2).to_sparse(), "torch.sparse_coo"),
+            ((torch.empty(2, device="meta"),), "meta"),
+        ]:
+            with pytest.raises(ConfigError, match=named):
+                ends.senders["0>1"].send(0, value)
+        yield from send(ends, "0>1", 1, "still fine")
+    else:
+        assert (yield from receive(ends, "0>1", 1)).value == "still fine"
+
+
+@on_all
+def test_what_cannot_travel_is_refused_and_the_link_goes_on(transport: str) -> None:
+    run(transport, refusals)
+
+
+def close_first(ends: Ends, first: int) -> Steps:
+    """One rank closes while the other still has a message to read."""
+    other = 1 - ends.rank
+    yield from send(ends, f"{ends.rank}>{other}", 3, torch.full((1000,), float(ends.rank)))
+    if ends.rank != first:
+        got = yield from receive(ends, f"{other}>{ends.rank}", 3)
+        assert bool((got.value == float(other)).all())
+        ends.transport.check()
+    ends.transport.close()
+    ends.transport.close()
+    with pytest.raises(TransportError):
+        ends.transport.check()
+    with pytest.raises(TransportError):
+        ends.senders[f"{ends.rank}>{other}"].send(4, None)
+
+
+@on_processes
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("store", ["outside", "rank 0"])
+def test_a_clean_close_is_no_error_whoever_is_first(transport: str, first: int, store: str) -> None:
+    run(transport, close_first, first, store=store)
+
+
+def test_local_closes_twice() -> None:
+    def program(ends: Ends) -> Steps:
+        yield from send(ends, f"{ends.rank}>{1 - ends.rank}", 0, 1)
+        yield None
+        ends.transport.close()
+        ends.transport.close()
+        with pytest.raises(TransportError):
+            ends.senders[f"{ends.rank}>{1 - ends.rank}"].send(1, 1)
+
+    run("local", program)
