@@ -14,6 +14,8 @@ import pipekern as pk
 from pipekern.schedule import Costs, Schedule
 from pipekern.trace.timeline import Timeline
 
+MOST_SECONDS = 15.0
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -39,10 +41,15 @@ class Speed:
 def measure(
     pipe: pk.Pipeline, schedule: Schedule, step: Callable[[], object], unsplit_step: Callable[[], object], rounds: int
 ) -> Speed:
-    """Time ``step`` on all ranks and ``unsplit_step`` on rank 0 while the others wait, in turn; collective."""
+    """Time ``step`` on all ranks and ``unsplit_step`` on rank 0 while the others wait, in turn; collective.
+
+    On a slow machine there are fewer ``rounds``: no new one begins after 15 seconds.
+    """
     alone = unsplit_step if dist.get_rank() == 0 else _wait
-    pipeline, unsplit, timelines = [], [], []
-    for _ in range(rounds):
+    pipeline: list[float] = []
+    unsplit: list[float] = []
+    timelines: list[Timeline] = []
+    while len(pipeline) < rounds and sum(pipeline) + sum(unsplit) < MOST_SECONDS:
         pipeline.append(seconds(step))
         timelines.append(pipe.timeline())
         unsplit.append(seconds(alone))
@@ -55,7 +62,7 @@ def measure(
         unsplit=median(unsplit),
         bubble_ratio=median(timeline.bubble_ratio for timeline in timelines),
         simulated_bubble_ratio=simulated.bubble_ratio,
-        timeline=sorted(timelines, key=lambda timeline: timeline.makespan)[rounds // 2],
+        timeline=sorted(timelines, key=lambda timeline: timeline.makespan)[len(timelines) // 2],
     )
 
 

@@ -24,7 +24,7 @@ from examples.gpt.report import Report, open_run, save_weights
 from examples.gpt.text import Text, load
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
-TRIAL = 20  # steps after which the time for all of them is known
+REVIEW = 20  # steps between looks at the time that is left
 CLIP = 1.0
 
 
@@ -41,8 +41,8 @@ class Plan:
         return min(1.0, (step + 1) / rise) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * fall)))
 
     def fit(self, taken: float, done: int, seconds: float) -> None:
-        """Keep only the steps that ``seconds`` allow, when the first ``done`` have ``taken`` so long."""
-        self.steps = max(done + 1, min(self.steps, int(done * seconds / taken)))
+        """Keep only the steps that ``seconds`` allow, when the first ``done`` of them have ``taken`` so long."""
+        self.steps = max(done, min(self.steps, int(done * seconds / taken)))
 
 
 class Training:
@@ -80,7 +80,7 @@ class Training:
                 self.losses.append(self.step())
                 self._scheduler.step()
                 done = len(self.losses)
-                if done == TRIAL:
+                if done % REVIEW == 0:
                     self.plan.fit(_slowest(time.perf_counter() - start), done, self.options.seconds)
                     bar.total = self.plan.steps
                 if done % 10 == 0 or done == self.plan.steps:
@@ -135,7 +135,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="a file or a folder of text (default: Python's standard library)")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seconds", type=float, default=110.0, help="take fewer steps where all would take longer")
+    parser.add_argument("--seconds", type=float, default=100.0, help="take fewer steps where all would take longer")
     parser.add_argument("--schedule", default="1f1b")
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--samples", type=int, default=16, help="windows of text a step")

@@ -28,4 +28,8 @@ def test_a_slow_machine_takes_fewer_steps_and_a_fast_one_all() -> None:
     slow.fit(taken=10.0, done=20, seconds=110.0)
     fast.fit(taken=1.0, done=20, seconds=110.0)
     hopeless.fit(taken=500.0, done=20, seconds=110.0)
-    assert (slow.steps, fast.steps, hopeless.steps) == (220, 400, 21)
+    assert (slow.steps, fast.steps, hopeless.steps) == (220, 400, 20)
+    slow.fit(taken=20.0, done=40, seconds=110.0)
+    assert slow.steps == 220
+    slow.fit(taken=60.0, done=60, seconds=110.0)
+    assert slow.steps == 110
