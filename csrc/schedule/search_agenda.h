@@ -22,8 +22,10 @@ class Agenda {
     void set(int rank, double time) {
         time_[rank] = time;
         for (int node = (width_ + rank) / 2; node > 0; node /= 2) {
-            int left = winner_[2 * node], right = winner_[2 * node + 1];
-            winner_[node] = time_[right] < time_[left] ? right : left;
+            const int left = winner_[2 * node], right = winner_[2 * node + 1];
+            const int winner = time_[right] < time_[left] ? right : left;
+            if (winner == winner_[node] && winner != rank) return;  // nothing changes above
+            winner_[node] = winner;
         }
     }
 

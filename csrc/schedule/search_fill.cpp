@@ -110,8 +110,8 @@ void Fill::start(int rank, int code, double now, Row& out) {
     out.push_back(static_cast<std::uint8_t>(code));
     held_[rank] += gain_[code];
     now_[rank] = end;
+    agenda_.set(rank, end);
     end_[op][problem_.index(stage, backwards_ ? m - 1 - n : n)] = end;
-    wake(rank, end);
     const bool up = (op == kForward) != backwards_;
     if (op == kWeight) return;
     if (up && stage < problem_.stages() - 1) wake(problem_.rank(stage + 1), end + problem_.latency[stage]);
@@ -126,10 +126,9 @@ bool Fill::run(bool backwards, const Order& plan, const FillRule& rule, Random& 
         const int rank = agenda_.first();
         const double now = agenda_.at(rank);
         if (now == kNever) return false;
-        agenda_.set(rank, kNever);
         const Choice choice = choose(rank, now, plan[rank], rule, random);
         if (choice.code < 0) {
-            if (choice.next < kNever) wake(rank, choice.next);
+            agenda_.set(rank, choice.next);
             continue;
         }
         auto& following = following_[rank];

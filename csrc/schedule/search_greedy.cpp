@@ -81,10 +81,9 @@ bool Greedy::run(const GreedyRule& rule, Order& out) {
         const int rank = agenda_.first();
         const double now = agenda_.at(rank);
         if (now == kNever) return false;
-        agenda_.set(rank, kNever);
         const Choice choice = choose(rank, now, rule);
         if (choice.code < 0) {
-            if (choice.next < kNever) wake(rank, choice.next);
+            agenda_.set(rank, choice.next);
             continue;
         }
         const int code = choice.code, op = code >> 1, stage = problem_.stage(rank, code & 1);
@@ -94,7 +93,7 @@ bool Greedy::run(const GreedyRule& rule, Order& out) {
         now_[rank] = end;
         if (op != kWeight) end_[op][problem_.index(stage, count_[rank * kCodes + code])] = end;
         ++count_[rank * kCodes + code];
-        wake(rank, end);
+        agenda_.set(rank, end);
         if (op == kForward && stage < stages - 1) wake(problem_.rank(stage + 1), end + problem_.latency[stage]);
         if (op == kBackward && stage > 0) wake(problem_.rank(stage - 1), end + problem_.latency[stage - 1]);
         --left;

@@ -87,13 +87,14 @@ std::vector<Order> block_orders(const Problem& problem, std::size_t most) {
     std::vector<std::pair<int, Block>> found;
     std::set<Block> seen;
     Block block(p);
+    const int stride = std::max(1, p / 16);
     std::array<int, 5> places{1, 2, 3, 4, 5};
     for (int f1 : places)
         for (int b1 : places)
             for (int b0 : places)
                 for (int step : places)
                     for (int later = 1; later <= step; ++later)
-                        for (int turn = 1; turn < p; ++turn) {
+                        for (int turn = 1; turn < p; turn += stride) {
                             if (f1 == b1 || f1 == b0 || b1 == b0) continue;
                             if (!make_block(p, f1, b1, b0, step, later, turn, block)) continue;
                             int held = 0;

@@ -24,7 +24,7 @@ from pipekern.schedule.simulate import Cost, Costs
 Placement = Literal["single", "v", "any"]
 Objective = Literal["span", "makespan"]
 
-_WORK = 4_000_000  # actions scheduled a placement and effort: 0.1 to 0.3 s on one core
+_WORK = 3_000_000  # actions scheduled a placement and effort: 0.1 to 0.3 s on one core
 _PASSES = 6  # passes over all actions that even the largest problem gets
 
 
