@@ -69,7 +69,7 @@ def launch(
     context = _server()
     processes: list[ForkServerProcess] = []
     pipes: list[Connection] = []
-    with tempfile.TemporaryDirectory() as folder, _rendezvous(store) as address:
+    with tempfile.TemporaryDirectory() as folder, rendezvous(store) as address:
         logs = [Path(folder, f"rank{rank}.log") for rank in range(ranks)]
         try:
             for rank in range(ranks):
@@ -103,7 +103,7 @@ def _server() -> ForkServerContext:
 
 
 @contextmanager
-def _rendezvous(store: str) -> Iterator[dict[str, str]]:
+def rendezvous(store: str) -> Iterator[dict[str, str]]:
     """Where the ranks meet: MASTER_ADDR, MASTER_PORT and who holds the store."""
     if store == "outside":
         from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported at run time only

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ class DistTransport:
             else:
                 receiver = receivers[link.name] = DistReceiver(self.control, link, wire, self._freed)
                 self._ends.append(receiver)
-        atexit.register(self.close)
+        atexit.register(self._exit)
         for thread in (self._writer, *(end.thread for end in self._ends)):
             thread.start()
         return senders, receivers
@@ -102,7 +103,7 @@ class DistTransport:
             while self._running() and self.control.failure is None and time.monotonic() < deadline:
                 self._running()[0].thread.join(SLICE)
         self._closed = True
-        atexit.unregister(self.close)
+        atexit.unregister(self._exit)
         self.control.leave()
         for end in self._running():
             end.wire.snap()
@@ -116,6 +117,13 @@ class DistTransport:
         self._groups.clear()
         self._ends.clear()
         self.world.close()
+
+    def _exit(self) -> None:
+        """At the interpreter's exit: an exception that ended the program is every rank's failure."""
+        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        if error is not None:
+            self.abort(error, f"rank {self.world.rank}, outside of the pipeline")
+        self.close()
 
     def _running(self) -> list[DistSender | DistReceiver]:
         return [end for end in self._ends if end.thread.is_alive()]

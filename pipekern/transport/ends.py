@@ -53,10 +53,8 @@ class DistSender:
         header = Header(self._sequence, tag, digest, len(packed.descriptor), len(block))
         with self._lock:
             if self._ended:
-                raise PeerDied(
-                    f"rank {self.link.target} has left the job and takes nothing more on link '{self.link.name}'; "
-                    "every rank must run the same steps before it closes",
-                    self.link.target,
+                raise _closed(
+                    self.link.target, f"rank {self.link.source} sends it tag {tag} on link '{self.link.name}'"
                 )
             self._free -= 1
             self._post([header.encode(), torch.frombuffer(block, dtype=torch.uint8)])
@@ -174,11 +172,7 @@ class DistReceiver:
                 self._control.moved()
                 return arrived
             self._arrived.put(None)
-            raise PeerDied(
-                f"rank {self.link.source} has left the job and sends nothing more on link '{self.link.name}'; every "
-                "rank must run the same steps before it closes",
-                self.link.source,
-            )
+            raise _closed(self.link.source, f"rank {self.link.target} waits for {self._what}")
 
     def _died(self, block: weakref.ref[mmap.mmap]) -> None:
         self._lent.pop(block, None)
@@ -227,6 +221,11 @@ class DistReceiver:
             self._control.abort(error, f"rank {self.link.target}, {self._what}")
         finally:
             self._arrived.put(None)
+
+
+def _closed(rank: int, what: str) -> PeerDied:
+    text = f"rank {rank} has closed its pipeline, and {what}; every rank must take the same number of steps before"
+    return PeerDied(f"{text} it closes", rank)
 
 
 def _brief(error: RuntimeError) -> str:
