@@ -1,0 +1,199 @@
+// Ranks as processes: killed, stopped, forked. Every survivor names the rank, whoever its neighbours are.
+#include <signal.h>
+#include <sys/wait.h>
+
+#include <functional>
+
+#include "check.h"
+#include "ranks.h"
+#include "transport/receiver.h"
+#include "transport/sender.h"
+
+using namespace pipekern;
+
+namespace {
+
+#if defined(__SANITIZE_THREAD__)  // does not follow a fork of a process with threads
+constexpr bool kThreadSanitizer = true;
+#else
+constexpr bool kThreadSanitizer = false;
+#endif
+
+constexpr int kWorld = 3;
+constexpr std::int64_t kPatience = 30 * kSecond;
+
+// A page of flags that the test and its ranks share.
+struct Stage {
+    std::atomic<int> bound{0};
+    std::atomic<int> ready{0};
+    std::atomic<int> caused{0};
+};
+
+void until(const std::function<bool()>& done) {
+    for (const std::int64_t start = now_ns(); !done(); sched_yield()) CHECK(now_ns() - start < kPatience);
+}
+
+// Runs `body(rank)` with a connected job in kWorld processes; returns their pids.
+std::vector<pid_t> start(Stage& stage, std::int64_t timeout_ns,
+                         const std::function<void(int, std::shared_ptr<Job>&)>& body) {
+    const std::string token = ranks::fresh_token();
+    std::vector<pid_t> pids;
+    for (int rank = 0; rank < kWorld; ++rank) {
+        const pid_t pid = fork();
+        if (pid == 0) {
+            auto job = ranks::bind(rank, kWorld, token, timeout_ns);
+            ++stage.bound;
+            until([&] { return stage.bound == kWorld; });
+            job->connect();
+            body(rank, job);
+            job->close();
+            std::_Exit(0);
+        }
+        pids.push_back(pid);
+    }
+    return pids;
+}
+
+void expect_exit(pid_t pid) {
+    int status = 0;
+    CHECK_EQUAL(waitpid(pid, &status, 0), pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+Stage& new_stage() {
+    static std::vector<std::shared_ptr<Memory>> memories;
+    memories.push_back(Memory::create(4096));
+    return *new (memories.back()->data()) Stage;
+}
+
+// Rank 0 waits for rank 1, which waits for rank 2, which is killed, and has a child that inherited all its sockets.
+void a_killed_rank_is_named_by_all(bool with_children) {
+    Stage& stage = new_stage();
+    auto pids = start(stage, 60 * kSecond, [&](int rank, std::shared_ptr<Job>& job) {
+        const int next = rank + 1;
+        std::unique_ptr<Receiver> receiver;
+        std::unique_ptr<Sender> sender;
+        if (rank > 0)
+            sender = std::make_unique<Sender>(job, LinkName{static_cast<std::uint32_t>(rank), "up", 1}, rank - 1);
+        if (next < kWorld)
+            receiver = std::make_unique<Receiver>(job, LinkName{static_cast<std::uint32_t>(next), "up", 1}, next);
+        if (with_children && fork() == 0) {
+            ++stage.ready;
+            until([&] { return stage.caused != 0; });
+            std::this_thread::sleep_for(std::chrono::seconds(3));
+            std::_Exit(0);
+        }
+        ++stage.ready;
+        if (rank == kWorld - 1) {
+            pause();
+            return;
+        }
+        CHECK_RAISES(Fault::kDied, kWorld - 1, "rank 2 died: its process", receiver->wait(0, -1));
+        CHECK_RAISES(Fault::kDied, kWorld - 1, "rank 2", job->check());
+    });
+    until([&] { return stage.ready == kWorld * (with_children ? 2 : 1); });
+    const std::int64_t caused = now_ns();
+    stage.caused = 1;
+    kill(pids[2], SIGKILL);
+    expect_exit(pids[0]);
+    expect_exit(pids[1]);
+    CHECK(now_ns() - caused < 2 * kSecond);
+    waitpid(pids[2], nullptr, 0);
+}
+
+void a_stopped_rank_is_frozen() {
+    Stage& stage = new_stage();
+    auto pids = start(stage, kSecond, [&](int rank, std::shared_ptr<Job>& job) {
+        if (rank == 1) {
+            Sender sender(job, {0, "1>0", 1}, 0);
+            ++stage.ready;
+            until([&] { return job->page().aborted(); });
+            CHECK_RAISES(Fault::kFrozen, 1, "rank 1 is frozen", job->check());
+            return;
+        }
+        if (rank == 0) {
+            Receiver receiver(job, {0, "1>0", 1}, 1);
+            ++stage.ready;
+            CHECK_RAISES(Fault::kFrozen, 1, "rank 1 is frozen", receiver.wait(0, -1));
+            return;
+        }
+        ++stage.ready;
+        until([&] { return job->page().aborted(); });
+        CHECK_RAISES(Fault::kFrozen, 1, "rank 1 is frozen", job->check());
+    });
+    until([&] { return stage.ready == kWorld; });
+    kill(pids[1], SIGSTOP);
+    expect_exit(pids[0]);
+    expect_exit(pids[2]);
+    kill(pids[1], SIGCONT);
+    expect_exit(pids[1]);
+}
+
+// A live rank that computes for several deadlines is waited for; so is everybody after the whole job was stopped.
+void the_busy_and_the_stopped_together_are_waited_for() {
+    Stage& stage = new_stage();
+    auto pids = start(stage, kSecond, [&](int rank, std::shared_ptr<Job>& job) {
+        if (rank == 1) {
+            Sender sender(job, {0, "1>0", 1}, 0);
+            ++stage.ready;
+            const std::int64_t begin = now_ns();
+            until([&] { return stage.caused != 0 && now_ns() - begin > 3 * kSecond; });
+            const std::uint8_t byte = 1;
+            const Piece piece{&byte, 1};
+            Label label{0, 0, 0, 1, 0, {1}};
+            CHECK(sender.send(label, &piece, 1));
+            until([&] { return job->page().state(0) == Page::kClosed; });
+            return;
+        }
+        if (rank == 0) {
+            Receiver receiver(job, {0, "1>0", 1}, 1);
+            ++stage.ready;
+            CHECK(receiver.wait(0, -1));
+            return;
+        }
+        ++stage.ready;
+        until([&] { return job->page().state(0) == Page::kClosed; });
+    });
+    until([&] { return stage.ready == kWorld; });
+    for (pid_t pid : pids) kill(pid, SIGSTOP);
+    std::this_thread::sleep_for(std::chrono::seconds(2));  // what is tested: a stop longer than the deadline
+    for (pid_t pid : pids) kill(pid, SIGCONT);
+    stage.caused = 1;
+    for (pid_t pid : pids) expect_exit(pid);
+}
+
+// A forked child is no rank: its sends raise, and a view that dies in it frees nothing.
+void a_child_gives_no_credit() {
+    auto job = ranks::alone();
+    Sender sender(job, {0, "self", 1}, 0);
+    Receiver receiver(job, {0, "self", 1}, 0);
+    const std::uint8_t byte = 9;
+    const Piece piece{&byte, 1};
+    const Label label{0, 0, 0, 1, 0, {1}};
+    CHECK(sender.send(label, &piece, 1));
+    auto arrival = receiver.take(0);
+    const pid_t child = fork();
+    if (child == 0) {
+        arrival.reset();
+        CHECK_RAISES(Fault::kTransport, -1, "forked from rank 0", sender.send(label, &piece, 1));
+        CHECK_RAISES(Fault::kTransport, -1, "forked from rank 0", receiver.ready());
+        job->abort("not a rank's to say");
+        job->close();
+        std::_Exit(0);
+    }
+    expect_exit(child);
+    job->check();
+    CHECK(!sender.free(0));
+    arrival.reset();
+    CHECK(sender.free(0));
+}
+
+}  // namespace
+
+int main() {
+    a_killed_rank_is_named_by_all(false);
+    if (!kThreadSanitizer) a_killed_rank_is_named_by_all(true);
+    a_stopped_rank_is_frozen();
+    the_busy_and_the_stopped_together_are_waited_for();
+    if (!kThreadSanitizer) a_child_gives_no_credit();
+}
