@@ -22,11 +22,10 @@ from statistics import quantiles
 import torch
 import torch.distributed as dist
 
-from benchmarks.pipelines import rounds
+from benchmarks.pipelines import overhead, rounds
 from benchmarks.pipelines.case import cases, trivial
 from benchmarks.pipelines.contender import contenders
 from benchmarks.pipelines.machine import describe
-from benchmarks.pipelines.overhead import microseconds_an_instruction
 from benchmarks.pipelines.rounds import Result
 
 Row = dict[str, str | int]
@@ -85,9 +84,13 @@ def rank_main(options: argparse.Namespace) -> None:
             rows.extend(table)
             say(show(table))
     if first:
-        own, work, count = microseconds_an_instruction(trivial(64, steps=5), repeats=20)
-        say(f"\nexecutor's own cost: {own:.1f} µs an instruction ({count} a step; the stages' work is {work:.1f} µs)")
-        machine["executor_us_an_instruction"] = f"{own:.1f}"
+        own = overhead.measure(trivial(64, steps=5), repeats=20)
+        say(
+            f"\nexecutor's own cost: {own.instruction:.1f} µs an instruction ({own.instructions} a step, sends and receives "
+            f"counted), {own.computation:.1f} µs a computation; the stages' work is {own.work:.1f} µs an instruction"
+        )
+        machine["executor_us_an_instruction"] = f"{own.instruction:.1f}"
+        machine["executor_us_a_computation"] = f"{own.computation:.1f}"
         if options.out:
             write(options.out, machine, rows)
     dist.barrier()

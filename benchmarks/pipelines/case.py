@@ -22,7 +22,7 @@ VOCABULARY = 256  # byte tokens: head and loss weigh little beside the layers
 class Case:
     """``units`` makes the model's units for so many stages, always with the same weights.
 
-    ``x`` and ``y`` are the whole batch of ``microbatches``; ``costs`` estimates the units' costs for the split, which is
+    ``x`` and ``y`` are the whole batch of ``microbatches``; ``costs`` estimates the units for the split, which is
     the same for all contenders with as many stages. ``steps`` are timed in one turn.
     """
 

@@ -15,7 +15,7 @@ def describe() -> dict[str, str]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(os.cpu_count()),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **{name: version for name, version in versions.items() if version},

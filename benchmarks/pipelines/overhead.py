@@ -5,14 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 import pipekern as pk
 from benchmarks.pipelines.case import Case
 from benchmarks.pipelines.ours import RANKS, Ours
 
 
-def microseconds_an_instruction(case: Case, repeats: int) -> tuple[float, float, int]:
-    """The executor's own time and the stages' time an instruction of one ``1f1b`` step, and how many there are.
+class Overhead(NamedTuple):
+    """Microseconds: the executor's own an ``instruction`` (sends and receives counted) and a ``computation`` (F or BW);
+    the stages' ``work`` an instruction. ``instructions`` are those of a step.
+    """
+
+    instruction: float
+    computation: float
+    work: float
+    instructions: int
+
+
+def measure(case: Case, repeats: int) -> Overhead:
+    """The executor's own cost in one ``1f1b`` step of ``case``, a median of ``repeats``.
 
     All ranks are in this process, so that nobody waits: the time that a step takes beyond the same forwards and
     backwards in a plain loop is the executor's, transport and batch handling included.
@@ -37,7 +49,7 @@ def microseconds_an_instruction(case: Case, repeats: int) -> tuple[float, float,
     for part in parts:
         part.zero_grad()
     own = median(a - b for a, b in zip(whole, work, strict=True))
-    return own / count * 1e6, median(work) / count * 1e6, count
+    return Overhead(own / count * 1e6, own / (2 * RANKS * case.microbatches) * 1e6, median(work) / count * 1e6, count)
 
 
 def _seconds(work: Callable[[], object]) -> float:
