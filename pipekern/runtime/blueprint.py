@@ -53,15 +53,15 @@ class Blueprint:
 
     def row(self) -> dict[str, Any]:
         """What every rank must agree on."""
-        dtypes = sorted({str(p.dtype) for units in self.stages for unit in units for _, p in unit.named_parameters()})
+        parameters = [pair for units in self.stages for unit in units for pair in unit.named_parameters()]
         return {
             "schedule": self.schedule.name,
             "micro-batches": self.schedule.microbatches,
             "chunks": self.schedule.chunks,
             "order of instructions": str(self.schedule),
             "split": [len(units) for units in self.stages],
-            "parameters": list(self.parameters),
-            "dtype": ", ".join(dtypes),
+            "parameters": [f"{name} {list(p.shape)}" for name, p in parameters],
+            "dtype": ", ".join(sorted({str(p.dtype) for _, p in parameters})),
             "version of pipekern": __version__,
         }
 
@@ -114,9 +114,9 @@ def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: i
             )
     if not order.runnable or not order.trains:
         raise ConfigError(
-            f"the schedule {order.name!r} can be simulated but not run yet: the runtime needs whole backwards (BW) of "
-            "every stage, in "
-            "one chain; run one of 'gpipe', '1f1b', 'interleaved-1f1b', 'looped-bfs'"
+            f"the schedule {order.name!r} can be simulated but not run yet: it must be synchronous, in one chain, with "
+            "whole "
+            "backwards (BW, no weight gradients put off); run 'gpipe', '1f1b', 'interleaved-1f1b' or 'looped-bfs'"
         )
     order.check()
     return order
@@ -151,10 +151,12 @@ def owned(blueprint: Blueprint, stages: Sequence[int]) -> set[int]:
     return {id(p) for stage in stages for unit in blueprint.stages[stage] for _, p in unit.named_parameters()}
 
 
-def free_others(root: nn.Module, keep: set[int]) -> None:
-    """Replace the parameters of ``root`` that are not in ``keep`` by ones without memory; tied ones stay tied."""
+def free_others(blueprint: Blueprint, keep: set[int]) -> None:
+    """Replace the parameters that are not in ``keep`` by ones without memory; tied ones stay tied."""
+    units = [unit for stage in blueprint.stages for unit in stage]
+    tops = [blueprint.root, *(unit.train for unit in units), *(unit.evaluate for unit in units)]
     empty: dict[int, nn.Parameter] = {}
-    for module in root.modules():
+    for module in (module for top in tops for module in top.modules()):
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in keep:
                 meta = torch.empty_like(parameter, device="meta")

@@ -29,6 +29,8 @@ def start(
 ) -> Assembly:
     """Check everything on every rank, compare, and only then open links and take memory. Raises ``ConfigError``."""
     choose(transport, None)
+    if not timeout > 0:
+        raise ConfigError(f"timeout={timeout!r}; give the seconds that a silent rank is waited for, above 0")
     world = join(transport, timeout)
     try:
         return _assemble(module, loss_fn, ranks, devices, transport, timeout, options, world)
@@ -54,7 +56,7 @@ def _assemble(
     rank = None if world is None else world.rank
     here = range(blueprint.schedule.stages) if rank is None else blueprint.schedule.stages_of(rank)
     if rank is not None:
-        free_others(blueprint.root, owned(blueprint, here))
+        free_others(blueprint, owned(blueprint, here))
     stages = build_stages(blueprint, here, places, options["seed"])
     opened, senders, receivers = open_transport(transport, links(blueprint), size, world)
     return Assembly(blueprint, rank, stages, loss_fn, opened, (senders, receivers), timeout)
@@ -83,7 +85,7 @@ def _agreed(
     blueprint: Blueprint | PipekernError
     try:
         blueprint = draw(module, ranks=ranks, **options)
-        row = blueprint.row()
+        row = blueprint.row() | {"seed": options["seed"]}
     except PipekernError as error:
         blueprint, row = error, {"error": str(error)}
     rows = world.gather(row)

@@ -102,13 +102,17 @@ def _own_gradients(fresh: Sequence[nn.Parameter], travelling: Sequence[torch.Ten
     """Give each parameter that has just got its first gradient memory of its own; returns those still without one.
 
     Autograd may keep a view of the gradient that came in as a parameter's ``.grad`` (a bias behind a reshape). That
-    memory is a slot, or on its way to another stage: later sums into it would corrupt what is there, without an error.
+    memory is a slot, or on its way to another stage, or another parameter's gradient: later sums into it would corrupt
+    what is there, without an error.
     """
     memory = {t.untyped_storage().data_ptr() for t in travelling if t is not None}
     for parameter in fresh:
         grad = parameter.grad
-        if grad is not None and grad.layout == torch.strided and grad.untyped_storage().data_ptr() in memory:
-            parameter.grad = grad.clone()
+        if grad is None or grad.layout != torch.strided:
+            continue
+        if grad.untyped_storage().data_ptr() in memory:
+            grad = parameter.grad = grad.clone()
+        memory.add(grad.untyped_storage().data_ptr())
     return [p for p in fresh if p.grad is None]
 
 
