@@ -49,7 +49,8 @@ class Program(NamedTuple):
 
     ``instructions[r]`` is what rank ``r`` does in turn. ``slots[source, target]`` is, for every link between stages
     of different ranks, the most of its messages that are between arrival and last use in the simulation at unit
-    costs, plus one. ``order`` lists (rank, index) of all instructions in one valid sequential run with those slots: a
+    costs, plus one; a link is a ring, so that a message is counted until all before it have been used for the last
+    time. ``order`` lists (rank, index) of all instructions in one valid sequential run with those slots: a
     SEND without a free slot is queued and retried between instructions, and a RECV never waits.
     """
 
@@ -130,12 +131,14 @@ def _slots(schedule: Schedule, spans: tuple[Span, ...]) -> dict[Edge, int]:
     last = _last_uses(schedule)
     freed = {(s.stage, s.microbatch): s.end for s in spans if last[s.stage, s.microbatch].op == s.op}
     changes: dict[Edge, list[tuple[float, int]]] = {}
+    passed: dict[Edge, float] = {}
     for span in spans:
         action = Action(span.op, span.stage, span.microbatch)
         target = _target(schedule, action)
         if target is not None:
-            edge = changes.setdefault((span.stage, target), [])
-            edge += [(span.end, 1), (freed[target, span.microbatch], -1)]
+            link = span.stage, target
+            passed[link] = max(passed.get(link, 0), freed[target, span.microbatch])
+            changes.setdefault(link, []).extend([(span.end, 1), (passed[link], -1)])
     slots = {}
     for link, steps in sorted(changes.items()):
         held = peak = 0
@@ -186,11 +189,13 @@ def _blocked(
 
 
 class _BoundedRun:
-    """Links with a bounded number of slots, as one thread sees them."""
+    """Links as rings with a bounded number of slots, as one thread sees them."""
 
     def __init__(self, schedule: Schedule, slots: dict[Edge, int]):
-        self._free = dict(slots)
-        self._queued: Counter[Edge] = Counter()
+        # The micro-batch in each slot; -1 in a free one.
+        self._ring = {link: [-1] * count for link, count in slots.items()}
+        self._next: Counter[Edge] = Counter()
+        self._queued: dict[Edge, deque[int]] = {link: deque() for link in slots}
         self._arrived: Counter[Edge] = Counter()
         self._last = _last_uses(schedule)
         self.delivered: list[Edge] = []
@@ -199,7 +204,7 @@ class _BoundedRun:
         """Run ``instruction``; False for a RECV whose message is not there."""
         op, stage, microbatch = instruction
         if op in SENDS:
-            self._queued[instruction.edge] += 1
+            self._queued[instruction.edge].append(microbatch)
             self._deliver(instruction.edge)
         elif op in RECEIVES:
             if not self._arrived[instruction.edge]:
@@ -207,14 +212,16 @@ class _BoundedRun:
             self._arrived[instruction.edge] -= 1
         elif self._last[stage, microbatch].op == op:
             for link in ((stage - 1, stage), (stage + 1, stage)):
-                if link in self._free:
-                    self._free[link] += 1
+                if link in self._ring:
+                    ring = self._ring[link]
+                    ring[ring.index(microbatch)] = -1
                     self._deliver(link)
         return True
 
     def _deliver(self, link: Edge) -> None:
-        if self._queued[link] and self._free[link]:
-            self._queued[link] -= 1
-            self._free[link] -= 1
+        ring, queued = self._ring[link], self._queued[link]
+        while queued and ring[self._next[link] % len(ring)] < 0:
+            ring[self._next[link] % len(ring)] = queued.popleft()
+            self._next[link] += 1
             self._arrived[link] += 1
             self.delivered.append(link)
