@@ -1,0 +1,112 @@
+"""Proof of gradients: a pipeline trains as the unsplit module does, within 1e-12 in float64."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pipekern as pk
+from tests.launch import launch, values
+from tests.runtime.models import KINDS, build
+from tests.runtime.parity import Case, Trained, allowed, compare, same_bits, train
+from tests.runtime.step import gradients
+
+RANKS, MICROBATCHES = (1, 2, 3, 4), (1, 2, 5, 8)
+SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs")
+GRID = list(product(SCHEDULES, RANKS, MICROBATCHES))
+
+
+def _sample(ranks: int, transport: str = "auto") -> list[Case]:
+    """Every schedule with every number of micro-batches once, the kinds of model in turn."""
+    pairs = [(s, m) for s, m in product(SCHEDULES, MICROBATCHES) if allowed(Case("", s, ranks, m))]
+    kinds = list(KINDS)
+    return [Case(kinds[(i + ranks) % len(kinds)], s, ranks, m, transport) for i, (s, m) in enumerate(pairs)]
+
+
+def _whole(ranks: int, schedule: str, transport: str = "auto") -> list[Case]:
+    cases = [Case(kind, schedule, ranks, m, transport) for kind, m in product(KINDS, MICROBATCHES)]
+    return [case for case in cases if allowed(case)]
+
+
+def _train_all(cases: list[Case], seed: int) -> list[Trained]:
+    """Each case twice, which must give the same bits."""
+    runs = []
+    for case in cases:
+        try:
+            first, again = train(case, seed), train(case, seed)
+            assert same_bits(first, again), "two runs differ"
+        except Exception as error:
+            raise AssertionError(f"{case} failed: {error}") from error
+        runs.append(first)
+    return runs
+
+
+def _prove(cases: list[Case], seed: int, processes: int) -> None:
+    """Train ``cases`` on so many processes (0: in this one) and compare them."""
+    runs = values(launch(_train_all, processes, cases, seed, timeout=240)) if processes else [_train_all(cases, seed)]
+    for case, *of_case in zip(cases, *runs, strict=True):
+        compare(case, of_case, seed)
+
+
+def test_golden() -> None:
+    """y = 3·(2·x) over two stages, loss mean(y²) on x = 1, 2: loss 90, d/dw₁ = 90, d/dw₂ = 60."""
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    net.load_state_dict({"0.weight": torch.tensor([[2.0]]), "1.weight": torch.tensor([[3.0]])})
+    with pk.Pipeline(net, loss_fn=nn.MSELoss(), microbatches=2, ranks=2) as pipe:
+        loss = pipe.train_step(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))
+        assert loss == 90.0
+        assert {name: grad.item() for name, grad in gradients(pipe).items()} == {"0.weight": 90.0, "1.weight": 60.0}
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_in_one_process(ranks: int, seed: int) -> None:
+    _prove(_sample(ranks, "local"), seed, processes=0)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_among_processes(ranks: int, seed: int) -> None:
+    _prove(_sample(ranks), seed, processes=ranks)
+
+
+def test_among_processes_over_torch_distributed(seed: int) -> None:
+    _prove(_sample(2, "dist")[::3], seed, processes=2)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("schedule", "ranks"), list(product(SCHEDULES, RANKS)))
+def test_whole_grid(schedule: str, ranks: int, seed: int) -> None:
+    """Every kind of model and number of micro-batches, in one process, and among processes over each transport."""
+    _prove(_whole(ranks, schedule, "local"), seed, processes=0)
+    _prove(_whole(ranks, schedule), seed, processes=ranks)
+    _prove(_whole(ranks, schedule, "dist"), seed, processes=ranks)
+
+
+@pytest.mark.parametrize(("schedule", "ranks", "microbatches"), [pair for pair in GRID if not allowed(Case("", *pair))])
+def test_pair_that_a_schedule_does_not_take(schedule: str, ranks: int, microbatches: int) -> None:
+    """Refused with the nearest number that it takes, and that one is taken."""
+    options: dict[str, Any] = {"loss_fn": nn.MSELoss(), "ranks": ranks, "schedule": schedule}
+    with pytest.raises(pk.ConfigError, match=rf"microbatches={microbatches}\b.*\bnearest microbatches=\d+") as refusal:
+        pk.Pipeline(build("perceptron", 0), microbatches=microbatches, **options)
+    nearest = int(re.findall(r"nearest microbatches=(\d+)", str(refusal.value))[0])
+    closer = [n for n in range(1, 20) if abs(n - microbatches) < abs(nearest - microbatches) and n % ranks == 0]
+    assert not closer
+    pk.Pipeline(build("perceptron", 0), microbatches=nearest, **options).close()
+
+
+def _weights_and_loss(kind: str, seed: int, ranks: int) -> Trained:
+    return train(Case(kind, "gpipe", ranks, 2), seed)
+
+
+def test_specs_give_the_same_bits_on_any_number_of_ranks(seed: int) -> None:
+    """Weights at the start and the loss of the first step; on processes, and in one."""
+    alone = train(Case("lazy", "gpipe", 1, 2, "local"), seed)
+    for ranks in RANKS:
+        runs = values(launch(_weights_and_loss, ranks, "lazy", seed, ranks))
+        assert same_bits({name: value for run in runs for name, value in run.initial.items()}, alone.initial)
+        assert all(same_bits(run.loss, alone.loss) for run in runs)
