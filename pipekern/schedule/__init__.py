@@ -1,6 +1,6 @@
 """Schedules as data: built by name, checked, given their sends and receives, simulated."""
 
-from pipekern.schedule import (  # noqa: F401  each registers its schedule
+from pipekern.schedule import (  # noqa: F401  a generator registers its schedule
     chimera,
     dualpipe,
     dualpipev,
@@ -10,7 +10,9 @@ from pipekern.schedule import (  # noqa: F401  each registers its schedule
     looped_bfs,
     one_f_one_b,
     pipedream_2bw,
+    promela,
     seq1f1b,
+    torch_csv,
     v_half,
     v_min,
     zb_h1,
@@ -39,7 +41,9 @@ __all__ = [
     "describe",
     "names",
     "program",
+    "promela",
     "register",
     "search",
     "simulate",
+    "torch_csv",
 ]
