@@ -6,11 +6,14 @@ namespace pipekern::search {
 
 namespace {
 constexpr double kUnknown = -1.0;
-constexpr int kReach = 96;  // how far along the plan an action is looked for
 }  // namespace
 
 Fill::Fill(const Problem& problem, bool staggered)
-    : problem_(problem), agenda_(problem.ranks), staggered_(staggered), following_(problem.ranks) {}
+    : problem_(problem),
+      agenda_(problem.ranks),
+      reach_(std::max(96, 6 * problem.ranks)),
+      staggered_(staggered),
+      following_(problem.ranks) {}
 
 void Fill::reset(bool backwards, const Order& plan, Order& out) {
     const int p = problem_.ranks;
@@ -69,7 +72,7 @@ Fill::Choice Fill::choose(int rank, double now, const Row& plan, const FillRule&
     double held = held_[rank], most = held, head = kUnknown;
     const auto& following = following_[rank];
     int steps = 0;
-    for (int before = 0, at = following[0]; at && seen != 0b111111 && steps < kReach;
+    for (int before = 0, at = following[0]; at && seen != 0b111111 && steps < reach_;
          before = at, at = following[at], ++steps) {
         const int code = plan[at - 1];
         if (!(seen >> code & 1)) {

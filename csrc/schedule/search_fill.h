@@ -33,7 +33,8 @@ class Fill {
 
     const Problem& problem_;
     Agenda agenda_;
-    bool staggered_;  // backwards, ranks begin one after another
+    const int reach_;       // how far along the plan an action is looked for
+    const bool staggered_;  // backwards, ranks begin one after another
     bool backwards_ = false;
     double gain_[kCodes] = {};
     std::vector<double> end_[3];
