@@ -87,7 +87,7 @@ def rank_main(options: argparse.Namespace) -> None:
         own = overhead.measure(trivial(64, steps=5), repeats=20)
         say(
             f"\nexecutor's own cost: {own.instruction:.1f} µs an instruction ({own.instructions} a step, sends and "
-            f"receives counted), {own.computation:.1f} µs a computation; the stages' work: {own.work:.1f} µs an instruction"
+            f"receives counted), {own.computation:.1f} µs a computation; stages' work: {own.work:.1f} µs an instruction"
         )
         machine["executor_us_an_instruction"] = f"{own.instruction:.1f}"
         machine["executor_us_a_computation"] = f"{own.computation:.1f}"
