@@ -54,7 +54,8 @@ SIMULATED = [name for name in names() if not describe(name).runnable]
 
 def test_golden_model() -> None:
     text = model(build("1f1b", ranks=2, microbatches=1).program())
-    assert """\
+    assert (
+        """\
 active proctype rank_1() {
   short message;
   /* 1RECV_F0 */
@@ -66,7 +67,9 @@ active proctype rank_1() {
   queue_1_0!0;
   ended++
 }
-""" in text
+"""
+        in text
+    )
     assert "chan ring_0_1 = [2]" in text and "bool busy_0_1[2]" in text and "ended == 2;" in text
 
 
