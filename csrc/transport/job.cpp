@@ -84,9 +84,11 @@ void Job::raise_unusable() const {
 
 void Job::check_open(int peer, const std::string& waits_for) const {
     if (peer == rank_ || page_->state(peer) != Page::kClosed) return;
-    throw Failure(Fault::kDied, peer,
-                  rank_name(peer) + " has closed its pipeline, and " + rank_name(rank_) + " waits for " + waits_for +
-                      " from it; every rank must take the same number of steps before it closes");
+    // Told to every rank: its neighbours have nothing to wait for either, and must name the same rank.
+    page_->abort(Fault::kDied, peer,
+                 rank_name(peer) + " has closed its pipeline, and " + rank_name(rank_) + " waits for " + waits_for +
+                     " from it; every rank must take the same number of steps before it closes");
+    page_->check();
 }
 
 std::shared_ptr<Memory> Job::take(int peer, Frame::Kind kind, std::uint32_t number, const std::string& what) {

@@ -115,8 +115,8 @@ Received receive_frame(const Fd& socket, Frame& frame, Fd& fd) {
     ssize_t size;
     while ((size = recvmsg(socket.get(), &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC)) < 0) {
         if (errno == EAGAIN) return Received::kNothing;
-        if (errno == ECONNRESET) return Received::kHangUp;
-        if (errno != EINTR) throw_errno("reading from a peer's socket");
+        // A peer that closed with something unread resets the connection, told once; what it sent is still there.
+        if (errno != EINTR && errno != ECONNRESET) throw_errno("reading from a peer's socket");
     }
     const cmsghdr* rights = CMSG_FIRSTHDR(&message);
     if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS) {

@@ -95,7 +95,7 @@ void abort_reaches_waits() {
     CHECK_RAISES(Fault::kAborted, 0, "boom", receiver->take(0));
 }
 
-// What was sent before closing arrives; then the receiver learns that nothing more comes.
+// What was sent before closing arrives; closing is no death. Who waits for more fails, and with it the whole job.
 void closing_is_no_death_but_ends_waits() {
     auto jobs = ranks::connected(3);
     ranks::each(3, [&](int rank) {
@@ -111,14 +111,28 @@ void closing_is_no_death_but_ends_waits() {
             while (job->page().state(0) != Page::kClosed) sched_yield();
             CHECK(receiver.wait(0, -1));
             receiver.take(0);
+            CHECK(send(back, 0, 1));                                      // a free slot: nobody will read it
+            std::this_thread::sleep_for(std::chrono::milliseconds(700));  // longer than a hang-up would be forgiven
+            job->check();
             CHECK_RAISES(Fault::kDied, 0, "rank 0 has closed its pipeline", receiver.wait(1, -1));
-            CHECK(send(back, 0, 1));  // a free slot: nobody will read it
             CHECK_RAISES(Fault::kDied, 0, "rank 0 has closed its pipeline", send(back, 1, 1));
         }
     });
-    std::this_thread::sleep_for(std::chrono::milliseconds(700));  // longer than a hang-up would be forgiven
-    jobs[1]->check();
-    jobs[2]->check();
+    CHECK_RAISES(Fault::kDied, 0, "rank 1 waits for the message with tag 1", jobs[2]->check());
+
+    auto others = ranks::connected(2);
+    ranks::each(2, [&](int rank) {
+        auto& job = others[static_cast<std::size_t>(rank)];
+        if (rank == 0) {
+            Receiver(job, {0, "1>0", 1}, 1);
+            job->close();
+        } else {
+            Sender sender(job, {0, "1>0", 1}, 0);
+            while (job->page().state(0) != Page::kClosed) sched_yield();
+            CHECK(send(sender, 0, 1));
+            CHECK_RAISES(Fault::kDied, 0, "rank 1 waits for a free slot on link '1>0'", send(sender, 1, 1));
+        }
+    });
 }
 
 void dropping_out_is_a_death() {
