@@ -32,7 +32,15 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_PRELOADED = ["torch", "torch.distributed", "pytest", "hypothesis", "pipekern", "pipekern.errors"]
+_PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "torch.fx",
+    "pytest",
+    "hypothesis",
+    "pipekern.runtime.pipeline",
+    "pipekern.runtime.verify",
+]
 
 
 class Outcome(NamedTuple):
@@ -125,6 +133,8 @@ def _variables(rank: int, ranks: int) -> dict[str, str]:
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
+        # c10d looks up the name of ::ffff:127.0.0.1 for its log, in DNS: without an answer that takes 5 s by default.
+        "RES_OPTIONS": "timeout:1 attempts:1",
     }
 
 

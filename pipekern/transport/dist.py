@@ -22,7 +22,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pipekern.errors import ConfigError, TransportError
-from pipekern.transport.agree import SLICE
+from pipekern.transport.agree import SLICE, disagreements
 from pipekern.transport.base import Link, Receiver, Sender
 from pipekern.transport.ends import CREDIT, DistReceiver, DistSender
 from pipekern.transport.wire import Wire
@@ -48,6 +48,10 @@ class DistTransport:
         for link in links:
             if link.source == link.target or not {link.source, link.target} <= set(range(self.world.size)):
                 raise ConfigError(f"{link} does not join two ranks of 0 to {self.world.size - 1}")
+        # Making a group blocks until its other rank comes, so every rank says first that it will make the same ones.
+        faults = disagreements(self.world.gather({"links": [list(link) for link in links]}))
+        if faults:
+            raise ConfigError(f"the ranks open different links: {'; '.join(faults)}")
         senders: dict[str, Sender] = {}
         receivers: dict[str, Receiver] = {}
         for link in links:

@@ -53,9 +53,7 @@ class DistSender:
         header = Header(self._sequence, tag, digest, len(packed.descriptor), len(block))
         with self._lock:
             if self._ended:
-                raise _closed(
-                    self.link.target, f"rank {self.link.source} sends it tag {tag} on link '{self.link.name}'"
-                )
+                raise _closed(self.link.target, f"rank {self.link.source} sends on link '{self.link.name}'")
             self._free -= 1
             self._post([header.encode(), torch.frombuffer(block, dtype=torch.uint8)])
         self._sequence += 1
@@ -95,7 +93,8 @@ class DistSender:
 
     def _release(self) -> None:
         """Take back the oldest message's memory and slot."""
-        works, _ = self._posted.popleft()
+        with self._lock:  # so that the message is in the queue, however fast its token came back
+            works, _ = self._posted.popleft()
         for work in works:
             work.wait()  # at once: the peer has the message
         with self._lock:

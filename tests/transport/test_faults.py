@@ -331,17 +331,17 @@ print("ended", flush=True)
 def test_an_interpreter_ends_without_close(transport: str, end: str, tmp_path: Path) -> None:
     """Real interpreters, with their own exit: none hangs, none crashes, and an error outside is told to the others."""
     with rendezvous("outside") as address:
-        ranks = []
+        processes = []
         for rank in range(2):
             environ = {**os.environ, **address, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-c", SCRIPT, transport, end]
-            log = (tmp_path / f"{rank}.log").open("wb")
-            ranks.append(subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT))
+            with (tmp_path / f"{rank}.log").open("wb") as log:
+                processes.append(subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT))
         try:
-            codes = [rank.wait(timeout=3 * PATIENCE) for rank in ranks]
+            codes = [process.wait(timeout=3 * PATIENCE) for process in processes]
         finally:
-            for rank in ranks:
-                rank.kill()
+            for process in processes:
+                process.kill()
     texts = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
     assert all(text.startswith("fine") for text in texts), texts
     if end == "plain":
