@@ -159,5 +159,5 @@ def free_others(blueprint: Blueprint, keep: set[int]) -> None:
     for module in (module for top in tops for module in top.modules()):
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in keep:
-                meta = torch.empty_like(parameter, device="meta")
+                meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                 module._parameters[name] = empty.setdefault(id(parameter), nn.Parameter(meta, parameter.requires_grad))
