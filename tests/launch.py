@@ -107,6 +107,8 @@ def _server() -> ForkServerContext:
     context.set_forkserver_preload(_PRELOADED)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # the libraries read it when the server imports them
+    # c10d looks up the name of ::ffff:127.0.0.1, for its log, in DNS; where none answers that takes 5 s by default.
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     return context
 
 
@@ -133,8 +135,6 @@ def _variables(rank: int, ranks: int) -> dict[str, str]:
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
-        # c10d looks up the name of ::ffff:127.0.0.1 for its log, in DNS: without an answer that takes 5 s by default.
-        "RES_OPTIONS": "timeout:1 attempts:1",
     }
 
 
