@@ -33,26 +33,26 @@ class ShmSender:
 
     def __init__(self, link: Link, end: _C.Sender):
         self.link = link
-        self._end = end
+        self.end = end
 
     def send(self, tag: int, value: Any, digest: int = 0) -> bool:
         """See :meth:`pipekern.transport.base.Sender.send`."""
         if isinstance(value, Tensor):
             if not _is_plain(value):
-                if not self._end.free(tag):
+                if not self.end.free(tag):
                     return False
                 plain = message.plain(value)
             else:
                 plain = value
-            sent = self._end.send_tensor(
+            sent = self.end.send_tensor(
                 tag, plain.data_ptr(), message.DTYPE_CODE[plain.dtype], plain.shape, value.requires_grad, digest
             )
             if sent is not None:
                 return sent
-        if not self._end.free(tag):
+        if not self.end.free(tag):
             return False
         descriptor, tensors = message.pack(value)
-        return self._end.send_bundle(tag, descriptor, [(part.data_ptr(), part.nbytes) for part in tensors], digest)
+        return self.end.send_bundle(tag, descriptor, [(part.data_ptr(), part.nbytes) for part in tensors], digest)
 
 
 class ShmReceiver:
@@ -60,15 +60,15 @@ class ShmReceiver:
 
     def __init__(self, link: Link, end: _C.Receiver):
         self.link = link
-        self._end = end
+        self.end = end
 
     def ready(self) -> bool:
         """See :meth:`pipekern.transport.base.Receiver.ready`."""
-        return self._end.ready()
+        return self.end.ready()
 
     def recv(self, tag: int, wait: float | None = None) -> Message | None:
         """See :meth:`pipekern.transport.base.Receiver.recv`."""
-        arrived = self._end.recv(tag, -1.0 if wait is None else max(wait, 0.0))
+        arrived = self.end.recv(tag, -1.0 if wait is None else max(wait, 0.0))
         if arrived is None:
             return None
         content, dtype, extra, digest = arrived
@@ -80,13 +80,13 @@ class ShmReceiver:
     def held(self) -> list[tuple[int, ...]]:
         """See :meth:`pipekern.transport.base.Receiver.held`; of a bundle, all shapes until its last tensor is gone."""
         shapes: list[tuple[int, ...]] = []
-        for item in self._end.held():
+        for item in self.end.held():
             shapes += [spec.shape for spec in message.specs(item)] if isinstance(item, bytes) else [item]
         return shapes
 
     def owns(self, pointer: int) -> bool:
         """See :meth:`pipekern.transport.base.Receiver.owns`."""
-        return self._end.owns(pointer)
+        return self.end.owns(pointer)
 
 
 class ShmTransport:
