@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 _PRELOADED = [
     "torch",
     "torch.distributed",
+    "torch._dynamo",  # every optimizer imports it
     "torch.fx",
     "pytest",
     "hypothesis",

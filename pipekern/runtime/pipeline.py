@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -185,6 +186,8 @@ class Pipeline:
             error.args = (f"{error}\n  seen by {where}",)
         elif hasattr(error, "add_note"):
             error.add_note(f"pipekern: {where}")
+        else:  # Python 3.10
+            logging.getLogger("pipekern").error("%s: %s", where, error)
         self._parts.transport.abort(error, where)
         if not self._parts.star.alone:
             self._closed = f"{type(error).__name__} at {where}"
