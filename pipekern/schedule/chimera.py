@@ -9,8 +9,8 @@ Grid of 4 ranks and 8 micro-batches (``B4/7``: on stage 7) at F = B = W = 1::
 
 Each rank holds a stage of either direction, so that every weight is there twice. The order is that of the times at
 BW = F, where blocks of p micro-batches fit together without a gap: bubble ratio (p - 2) / (2m + p - 2). At BW = 2F
-it is (p - 2) / (1.5m + p - 2) for one block, and every further block adds a gap of (p - 2)F that only two forwards
-at a time would close. Between p/2 + 1 and p activations. (Li and Hoefler, Chimera, 2021.)
+it is (p - 2) / (1.5m + p - 2) for one block, and every further block adds a gap of (p - 2)F, which the paper closes by
+running two forwards at a time. Between p/2 + 1 and p activations. (Li and Hoefler, Chimera, 2021.)
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ Text form of 4 ranks and 8 micro-batches, overlapped pairs joined by &::
     rank 3 4F4 4F5 4F6 3F0 3B0 3W0 3F1 4F7&3BW1 3F2&4BW4 3BW2 3F3&4BW5 3BW3 4B6 4W6 4B7 4W7
 
 Each rank holds a stage of either direction, so that every weight is there twice, and the gradients of both copies are
-summed. Bubble (p/2 - 1)(F&B + BW - 3W), where F&B is one overlapped pair: exact where F&B = F + BW and BW = 2W, else
-an upper bound. At most p + 1 activations. (DeepSeek-V3 Technical Report, 2024.)
+summed. Bubble (p/2 - 1)(F&B + BW - 3W), where F&B is one overlapped pair: exact where F = B >= W, and for F > B >= W
+with F in the place of B; an upper bound where neither F nor W is longer than B. At most p + 1 activations.
+(DeepSeek-V3 Technical Report, 2024.)
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Text form of 2 ranks, 2 chunks each and 5 micro-batches, overlapped pairs joined
     rank 1 1F0 2F0 1F1 2F1 1F2 2BW0 2F2&1BW0 1F3&2BW1 2F3&1BW1 1F4&2BW2 2F4&1BW2 2BW3 1BW3 2B4 1B4 2W4 1W4
 
 Rank r holds stages r and 2p - 1 - r, and no weight twice. Bubble (p - 1)(F&B + BW - 3W) in the times of one chunk, with
-the proviso of DualPipe; at most 2p + 1 chunks' activations. (Liu, DualPipeV, 2025: "cut-in-half" DualPipe.)
+the provisos of DualPipe; at most 2p + 1 chunks' activations. (Liu, DualPipeV, 2025: "cut-in-half" DualPipe.)
 """
 
 from __future__ import annotations

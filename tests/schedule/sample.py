@@ -95,6 +95,12 @@ def assert_docstring_draws(module: ModuleType, schedule: Schedule) -> None:
     assert rows == text.draw(schedule.simulate(Costs(1, 1, 1)), width).splitlines()
 
 
+def assert_docstring_lists(module: ModuleType, schedule: Schedule) -> None:
+    """The rows in the generator's docstring are those of the text form of what it builds."""
+    rows = re.findall(r"^    (rank .*)$", module.__doc__ or "", re.MULTILINE)
+    assert rows == [f"rank {rank} {row}" for rank, row in enumerate(str(schedule).splitlines()[1:])]
+
+
 def row(schedule: Schedule, rank: int) -> str:
     """A rank's order in the text form."""
     return " ".join(map(str, schedule.actions[rank]))

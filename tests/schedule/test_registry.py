@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from pipekern.errors import ConfigError
-from pipekern.schedule import Action, Grid, build, names, registry
+from pipekern.schedule import Action, Grid, build, describe, names, registry
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,20 @@ def test_two_directions_pairs_and_a_cap() -> None:
         "pipekern-schedule name=two microbatches=2 stage_rank=0,0 chains=2 asynchronous",
         "0F0 1F1&0BW0 1BW1",
     ]
+
+
+@pytest.mark.parametrize("name", names())
+def test_description_agrees_with_what_is_built(name: str) -> None:
+    entry, schedule = describe(name), build(name, ranks=2, microbatches=4)
+    for what in ("synchronous", "duplicates_weights", "runnable"):
+        assert getattr(entry, what) == getattr(schedule, what), what
+
+
+def test_placements() -> None:
+    grid = Grid(3, 1, 2, None)
+    assert registry.loop(grid) == [0, 1, 2, 0, 1, 2]
+    assert registry.zigzag(grid) == registry.opposed(grid) == [0, 1, 2, 2, 1, 0]
+    assert list(registry.in_order(grid)) == [0, 1, 2]
 
 
 def test_zigzag() -> None:
