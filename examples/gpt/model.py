@@ -89,7 +89,7 @@ def loss_fn(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(net: nn.Module, prompt: list[int], tokens: int, length: int, temperature: float = 0.7) -> list[int]:
+def generate(net: nn.Module, prompt: list[int], tokens: int, length: int, temperature: float = 0.6) -> list[int]:
     """``prompt`` and ``tokens`` more, drawn one at a time; ``length`` is the most tokens that ``net`` sees."""
     generator = torch.Generator().manual_seed(0)
     text = list(prompt)

@@ -21,7 +21,7 @@ from pipekern.schedule import Schedule
 from pipekern.trace.chrome import to_chrome
 from pipekern.trace.gantt import draw
 
-PROMPT = "def "
+PROMPT, SAMPLE = 24, 120  # tokens
 INDEX = "model.safetensors.index.json"
 
 
@@ -107,11 +107,11 @@ class Report:
     def show(self, net: GPT, length: int) -> None:
         """Print the result, and text drawn from ``net`` with the weights that were saved."""
         net.load_state_dict(load_weights(self.folder))
-        prompt = self.text.tokenizer.encode(PROMPT).ids
-        sample = self.text.tokenizer.decode(generate(net, prompt, 120, length))
-        print(
-            "\n".join([*self._lines(net), "", f"It continues {PROMPT!r}:", "", _indented(sample), "", *self._files()])
-        )
+        prompt = self.text.heldout[:PROMPT].tolist()
+        drawn = generate(net, prompt, SAMPLE, length)[PROMPT:]
+        sample = self.text.tokenizer.decode(prompt) + " ▸ " + self.text.tokenizer.decode(drawn)
+        title = "The first words of the text held out, and after ▸ how the model goes on:"
+        print("\n".join([*self._lines(net), "", title, "", _indented(sample), "", *self._files()]))
 
     def _lines(self, net: GPT) -> list[str]:
         speed, order = self.speed, self.schedule
