@@ -33,6 +33,13 @@ def test_weight_work_put_off_holds_its_slots() -> None:
     assert Schedule.parse(text).program().slots == {(0, 1): 3, (1, 0): 3}
 
 
+def test_a_slot_is_counted_until_the_messages_before_it_are_used() -> None:
+    """Rank 1 uses micro-batch 0 last: until then no slot behind it can be reached, though two of them are free."""
+    text = "pipekern-schedule name=x microbatches=4 stage_rank=0,1\n0F0 0F1 0F2 0BW1 0F3 0BW2 0BW3 0BW0\n"
+    program = Schedule.parse(text + "1F0 1F1 1BW1 1F2 1BW2 1F3 1BW3 1BW0\n").program()
+    assert program.slots[0, 1] == 4 + 1
+
+
 def test_one_chunk_alone_needs_no_link() -> None:
     assert build("1f1b", ranks=1, microbatches=3).program().slots == {}
 
@@ -87,18 +94,20 @@ def verify(schedule: Schedule, random: Random) -> None:
 
 
 def run_in(program: Program, order: list[tuple[int, int]] | None, random: Random | None = None) -> None:
-    """Execute with bounded first-in-first-out links, written apart from the package's own run."""
+    """Execute with links that are rings of slots, written apart from the package's own run."""
     rows = program.instructions
     position = [0] * len(rows)
     sent: dict[tuple[int, int], deque[int]] = {edge: deque() for edge in program.slots}
     landed: dict[tuple[int, int], deque[int]] = {edge: deque() for edge in program.slots}
-    held: dict[tuple[int, int], set[int]] = {edge: set() for edge in program.slots}
+    rings: dict[tuple[int, int], dict[int, int]] = {edge: {} for edge in program.slots}  # micro-batch by slot
+    sequence = dict.fromkeys(program.slots, 0)
     last = {(a.stage, a.microbatch): a.op for row in program.schedule.actions for a in row}
 
     def retry() -> None:
         for edge, queue in sent.items():
-            while queue and len(held[edge]) < program.slots[edge]:
-                held[edge].add(queue[0])
+            while queue and (slot := sequence[edge] % program.slots[edge]) not in rings[edge]:
+                sequence[edge] += 1
+                rings[edge][slot] = queue[0]
                 landed[edge].append(queue.popleft())
 
     def step(rank: int) -> bool:
@@ -111,9 +120,9 @@ def run_in(program: Program, order: list[tuple[int, int]] | None, random: Random
                 return False
             assert landed[edge].popleft() == microbatch
         elif last[stage, microbatch] == op:
-            for edge in held:
+            for edge, ring in rings.items():
                 if edge[1] == stage:
-                    held[edge].remove(microbatch)
+                    del ring[next(slot for slot, used_by in ring.items() if used_by == microbatch)]
         position[rank] += 1
         retry()
         return True
@@ -129,4 +138,4 @@ def run_in(program: Program, order: list[tuple[int, int]] | None, random: Random
             assert any(step(rank) for rank in todo), "deadlock"
             todo = [rank for rank in todo if position[rank] < len(rows[rank])]
     assert position == [len(row) for row in rows] and not any(map(len, (*sent.values(), *landed.values())))
-    assert not any(held.values())
+    assert not any(rings.values())
