@@ -46,18 +46,23 @@ def inputs(schedule: Schedule, action: Action) -> list[list[tuple[str, int, int]
     """What an action needs; of each list one. Written out from the definitions, apart from the package's own."""
     op, stage, i = action
     first, last = stage % schedule.depth == 0, stage % schedule.depth == schedule.depth - 1
+    place = i % schedule.slices
     if op == "F":
-        return [] if first else [[("F", stage - 1, i)]]
+        return [[("F", stage - 1, i)]] * (not first) + [[("F", stage, i - 1)]] * (place > 0)
     if op == "W":
         return [[("B", stage, i)]]
-    return [[("F", stage, i)]] + ([] if last else [[("B", stage + 1, i), ("BW", stage + 1, i)]])
+    after = [[("B", stage + 1, i), ("BW", stage + 1, i)]] * (not last)
+    return [[("F", stage, i)]] + after + [[("B", stage, i + 1), ("BW", stage, i + 1)]] * (place < schedule.slices - 1)
 
 
 Times = dict[Action, tuple[Fraction, Fraction]]
 
 
 def replay(schedule: Schedule, cost: dict[str, list[Fraction]], comm: list[Fraction]) -> Times:
-    """Start and end of every action: sweep over the ranks until nothing changes."""
+    """Start and end of every action: sweep over the ranks until nothing changes.
+
+    ``cost`` has those of F, B, W and of an overlapped pair, by stage, the pair's being that of its forward.
+    """
     times: Times = {}
     clock = [Fraction(0)] * schedule.ranks
     position = [0] * schedule.ranks
@@ -68,21 +73,23 @@ def replay(schedule: Schedule, cost: dict[str, list[Fraction]], comm: list[Fract
             if position[rank] == len(row):
                 continue
             action = row[position[rank]]
+            joined = row[position[rank] : position[rank] + (2 if action in schedule.pairs else 1)]
+            waits = [(one, either) for one in joined for either in inputs(schedule, one)]
             start = clock[rank]
             known = True
-            for either in inputs(schedule, action):
+            for one, either in waits:
                 made = next((Action(*d) for d in either if Action(*d) in times), None)
                 if made is None:
                     known = False
                     break
-                link = min(made.stage, action.stage)
+                link = min(made.stage, one.stage)
                 late = comm[link] if schedule.stage_rank[made.stage] != rank else 0
                 start = max(start, times[made][1] + late)
             if known:
-                parts = action.op
-                clock[rank] = start + sum((cost[op][action.stage] for op in parts), Fraction(0))
-                times[action] = (start, clock[rank])
-                position[rank] += 1
+                parts = ["pair"] if len(joined) > 1 else list(action.op)
+                clock[rank] = start + sum((cost[part][action.stage] for part in parts), Fraction(0))
+                times.update(dict.fromkeys(joined, (start, clock[rank])))
+                position[rank] += len(joined)
                 moved = True
     assert sum(position) == sum(map(len, schedule.actions))
     return times

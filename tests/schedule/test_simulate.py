@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipekern.errors import ConfigError, ScheduleError
-from pipekern.schedule import Action, Costs, Schedule, build
+from pipekern.schedule import Action, Costs, Schedule, build, names
 from pipekern.trace.timeline import Span
 from tests.schedule.sample import random_schedule, replay
 
@@ -124,6 +124,22 @@ def test_agrees_with_a_slow_simulator(seed: int) -> None:
     rows = [[times[action] for action in row] for row in schedule.actions]
     assert timeline.span == float(max(row[-1][1] - row[0][0] for row in rows))
     assert timeline.busy == [float(sum(end - start for start, end in row)) for row in rows]
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_schedule_agrees_with_a_slow_replay(name: str) -> None:
+    """Two directions, slices and overlapped pairs among them."""
+    random = Random()
+    for ranks, microbatches in ((2, 4), (4, 8), (4, 12), (6, 12)):
+        schedule = build(name, ranks=ranks, microbatches=microbatches)
+        cost = {op: [Fraction(random.randint(0, 50)) for _ in range(schedule.stages)] for op in ("F", "B", "W", "pair")}
+        comm = [Fraction(random.randint(0, 20)) for _ in range(schedule.stages - 1)]
+        slices = {op: [value / schedule.slices for value in values] for op, values in cost.items()}
+        times = replay(schedule, slices, comm)
+        costs = Costs(cost["F"], cost["B"], cost["W"], comm, pair=cost["pair"])  # type: ignore[arg-type]
+        for span in schedule.simulate(costs).spans:
+            start, end = times[Action(span.op, span.stage, span.microbatch)]
+            assert (span.start, span.end) == (float(start), float(end))
 
 
 @given(st.integers(0, 2**32), st.fractions(0, 1, max_denominator=8))
