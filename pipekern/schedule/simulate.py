@@ -25,6 +25,8 @@ Cost = float | Sequence[float]
 class Costs:
     """Times in microseconds of one micro-batch through a rank's whole share, or lists with one value a stage.
 
+    Of v chunks a rank each takes 1/v of the one value; of q slices of a micro-batch each takes 1/q.
+
     ``backward`` is the input gradient (B), ``weight`` the weight gradient (W), ``pair`` an overlapped F and BW
     (default: their sum). ``comm`` is one message's latency, or a list with one value for each pair of
     neighbouring stages (value ``s`` between stages ``s`` and ``s + 1``). ``kept`` is the share of an activation that

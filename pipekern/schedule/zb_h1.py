@@ -6,8 +6,9 @@ Grid of 3 ranks and 4 micro-batches at F = B = W = 1::
     rank 1 ..F0F1..B0F2B1W0F3B2W1B3W2W3
     rank 2 ....F0B0F1B1F2B2W0F3B3W1W2W3
 
-Bubble (p - 1)(F + B - W) a rank, by span; 4(p - 1)c more under latency c up to W / 2 where F = B = W. Every rank
-holds p activations, part of them only from B to W. (Qi et al., Zero Bubble Pipeline Parallelism, 2023.)
+Bubble (p - 1)(F + B - W) a rank, by span; 4(p - 1)c more under latency c up to W / 2 where F = B = W and m > p.
+The formula needs W <= F. Every rank holds p activations, part of them only from B to W.
+(Qi et al., Zero Bubble Pipeline Parallelism, 2023.)
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def test_zb_h1(p: int, m: int) -> None:
     timeline = simulate("zb-h1", p, m, Costs(forward, backward, weight))
     assert idle_in_span(timeline) == (p - 1) * (forward + backward - weight)
     assert timeline.messages == 2 * m * (p - 1)
-    if m > p:
+    if m > p:  # with m = p the last round trip is shorter by 2c
         unit = 1000
         latency = Random().randint(1, unit // 2)
         assert idle_in_span(simulate("zb-h1", p, m, Costs(unit, unit, unit, latency))) == (p - 1) * (unit + 4 * latency)
