@@ -47,17 +47,18 @@ class Assembly:
         stages: Mapping[int, Stage],
         loss_fn: Callable[[Any, Any], Any],
         transport: Transport,
-        ends: tuple[Mapping[str, Sender], Mapping[str, Receiver]],
+        senders: Mapping[str, Sender],
+        receivers: Mapping[str, Receiver],
         timeout: float,
     ):
         self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
         self.loss = Loss(loss_fn)
-        self.senders, self.receivers = ends
+        self.senders, self.receivers = senders, receivers
         self.outgoing = Outgoing(transport, self.receivers.values(), timeout)
         schedule = blueprint.schedule
-        self.star = Star(rank, schedule.ranks, blueprint.root_rank, self.outgoing, *ends)
+        self.star = Star(rank, schedule.ranks, blueprint.root_rank, self.outgoing, senders, receivers)
         self.parameters: dict[str, nn.Parameter] = dict(p for unit in self.units() for p in unit.named_parameters())
-        self.ties = Ties(rank, blueprint.ties, self.parameters, self.outgoing, *ends)
+        self.ties = Ties(rank, blueprint.ties, self.parameters, self.outgoing, senders, receivers)
         self._runners = {index: self._runner(stage) for index, stage in stages.items()}
         for index, runner in self._runners.items():
             after = schedule.next_stage(index)

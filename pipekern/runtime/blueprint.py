@@ -14,15 +14,13 @@ from pipekern import schedule as schedules
 from pipekern._version import __version__
 from pipekern.errors import ConfigError
 from pipekern.plan.partition import partition
+from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
 from pipekern.schedule.comms import Program
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.estimate import estimate
 from pipekern.stage.sharing import Tie, find_ties, refuse_shared_state
-from pipekern.stage.spec import LayerSpec
 from pipekern.stage.unit import Unit, cut
-
-Split = Sequence[int] | LayerCosts | None
 
 
 @dataclass(frozen=True)
@@ -66,20 +64,11 @@ class Blueprint:
         }
 
 
-def draw(
-    model: nn.Module | Sequence[LayerSpec],
-    *,
-    ranks: int,
-    microbatches: int,
-    chunks: int | None,
-    schedule: str | Schedule,
-    split: Split,
-    seed: int,
-) -> Blueprint:
+def draw(options: Options, ranks: int) -> Blueprint:
     """Check every option and cut the model. Raises ``ConfigError`` or ``ScheduleError`` before anything starts."""
-    order = _schedule(schedule, ranks, microbatches, chunks)
-    root, units = cut(model, seed)
-    counts = _split(split, units, order)
+    order = _schedule(options.schedule, ranks, options.microbatches, options.chunks)
+    root, units = cut(options.module, options.seed)
+    counts = _split(options.split, units, order)
     starts = [sum(counts[:stage]) for stage in range(len(counts))]
     stages = [units[start : start + count] for start, count in zip(starts, counts, strict=True)]
     refuse_shared_state(stages)

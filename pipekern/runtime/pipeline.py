@@ -14,10 +14,10 @@ from torch import nn
 from pipekern.errors import ConfigError, NumericsError, TransportError
 from pipekern.optim import clip
 from pipekern.runtime import microbatch
-from pipekern.runtime.blueprint import Split
 from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor, place
 from pipekern.runtime.measure import measured
+from pipekern.runtime.options import Options, Split
 from pipekern.runtime.parameters import StageParameters
 from pipekern.runtime.runner import Batch
 from pipekern.runtime.start import start
@@ -25,8 +25,6 @@ from pipekern.schedule.ir import Schedule
 from pipekern.stage.random import preserved, step_key
 from pipekern.stage.spec import LayerSpec
 from pipekern.trace.timeline import Timeline
-
-_POLICIES = ("raise", "skip", "ignore")
 
 
 class Pipeline:
@@ -66,11 +64,23 @@ class Pipeline:
         transport: str = "auto",
         timeout: float = 60.0,
     ):
-        if on_nonfinite not in _POLICIES:
-            raise ConfigError(f"on_nonfinite={on_nonfinite!r}; choose one of {', '.join(map(repr, _POLICIES))}")
+        self._parts = start(
+            Options(
+                module,
+                loss_fn,
+                microbatches,
+                ranks,
+                devices,
+                chunks,
+                schedule,
+                split,
+                on_nonfinite,
+                seed,
+                transport,
+                timeout,
+            )
+        )
         self._on_nonfinite = on_nonfinite
-        options = {"microbatches": microbatches, "chunks": chunks, "schedule": schedule, "split": split, "seed": seed}
-        self._parts = start(module, loss_fn, ranks, devices, transport, timeout, options)
         self._seed = seed
         self._step = 0
         self._closed = ""

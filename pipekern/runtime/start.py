@@ -3,63 +3,61 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from pipekern.errors import ConfigError, PipekernError
 from pipekern.runtime.assembly import Assembly, build_stages, links
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
-from pipekern.stage.spec import LayerSpec
+from pipekern.runtime.options import Options
 from pipekern.transport.agree import disagreements
-from pipekern.transport.open import choose, open_transport
+from pipekern.transport.open import open_transport
 from pipekern.transport.world import World, join
 
 
-def start(
-    module: nn.Module | Sequence[LayerSpec],
-    loss_fn: Callable[[Any, Any], Any],
-    ranks: int | None,
-    devices: Sequence[str | torch.device] | None,
-    transport: str,
-    timeout: float,
-    options: dict[str, Any],
-) -> Assembly:
+def start(options: Options) -> Assembly:
     """Check everything on every rank, compare, and only then open links and take memory. Raises ``ConfigError``."""
-    choose(transport, None)
-    if not timeout > 0:
-        raise ConfigError(f"timeout={timeout!r}; give the seconds that a silent rank is waited for, above 0")
-    world = join(transport, timeout)
+    options.check()
+    world = join(options.transport, options.timeout)
     try:
-        return _assemble(module, loss_fn, ranks, devices, transport, timeout, options, world)
+        return _assemble(options, world)
     except BaseException:
         if world is not None:
             world.close()
         raise
 
 
-def _assemble(
-    module: nn.Module | Sequence[LayerSpec],
-    loss_fn: Callable[[Any, Any], Any],
-    ranks: int | None,
-    devices: Sequence[str | torch.device] | None,
-    transport: str,
-    timeout: float,
-    options: dict[str, Any],
-    world: World | None,
-) -> Assembly:
-    size = _size(ranks, world)
-    places = _devices(devices, size, launched=world is not None)
-    blueprint = _agreed(module, size, options, world)
-    rank = None if world is None else world.rank
-    here = range(blueprint.schedule.stages) if rank is None else blueprint.schedule.stages_of(rank)
+def _assemble(options: Options, world: World | None) -> Assembly:
+    blueprint, devices = _agreed(options, world)
+    schedule, rank = blueprint.schedule, None if world is None else world.rank
+    here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
     if rank is not None:
         free_others(blueprint, owned(blueprint, here))
-    stages = build_stages(blueprint, here, places, options["seed"])
-    opened, senders, receivers = open_transport(transport, links(blueprint), size, world)
-    return Assembly(blueprint, rank, stages, loss_fn, opened, (senders, receivers), timeout)
+    stages = build_stages(blueprint, here, devices, options.seed)
+    transport, senders, receivers = open_transport(options.transport, links(blueprint), schedule.ranks, world)
+    return Assembly(blueprint, rank, stages, options.loss_fn, transport, senders, receivers, options.timeout)
+
+
+def _agreed(options: Options, world: World | None) -> tuple[Blueprint, list[torch.device]]:
+    """The blueprint, once all ranks have drawn the same, and a device a rank. What is wrong on one is raised on all."""
+    if world is None:
+        size = _size(options.ranks, world)
+        return draw(options, size), _devices(options.devices, size, launched=False)
+    failure: PipekernError | None = None
+    try:
+        devices = _devices(options.devices, _size(options.ranks, world), launched=True)
+        blueprint = draw(options, world.size)
+        row = blueprint.row() | {"seed": options.seed}
+    except PipekernError as error:
+        failure, row = error, {"error": str(error)}
+    rows = world.gather(row)
+    if failure is not None:
+        raise failure
+    faults = [f"rank {rank}: {row['error']}" for rank, row in enumerate(rows) if "error" in row] or disagreements(rows)
+    if faults:
+        raise ConfigError("the ranks were not given the same pipeline: " + "; ".join(faults))
+    return blueprint, devices
 
 
 def _size(ranks: int | None, world: World | None) -> int:
@@ -74,27 +72,6 @@ def _size(ranks: int | None, world: World | None) -> int:
     if size < 1:
         raise ConfigError(f"ranks={ranks}; a pipeline has at least one")
     return size
-
-
-def _agreed(
-    module: nn.Module | Sequence[LayerSpec], ranks: int, options: dict[str, Any], world: World | None
-) -> Blueprint:
-    """The blueprint, once every rank has drawn the same one. What is wrong on one rank is raised on all."""
-    if world is None:
-        return draw(module, ranks=ranks, **options)
-    blueprint: Blueprint | PipekernError
-    try:
-        blueprint = draw(module, ranks=ranks, **options)
-        row = blueprint.row() | {"seed": options["seed"]}
-    except PipekernError as error:
-        blueprint, row = error, {"error": str(error)}
-    rows = world.gather(row)
-    if isinstance(blueprint, PipekernError):
-        raise blueprint
-    faults = [f"rank {rank}: {row['error']}" for rank, row in enumerate(rows) if "error" in row] or disagreements(rows)
-    if faults:
-        raise ConfigError("the ranks were not given the same pipeline: " + "; ".join(faults))
-    return blueprint
 
 
 def _devices(given: Sequence[str | torch.device] | None, ranks: int, launched: bool) -> list[torch.device]:
