@@ -109,6 +109,37 @@ def test_proved_optima_of_v_placement_with_as_many_half_activations_as_ranks(
     assert_sound(result, halves, ranks / 2)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "halves", "chunk_costs", "published"),
+    [
+        (2, 4, 4, (10, 20, 10, 0), 340),
+        (3, 6, 6, (12, 11, 7, 2), 402),
+        (4, 8, 4, (12, 11, 7, 2), 753),
+        (4, 8, 6, (9261, 9043, 4668, 601), 446768),
+        (4, 20, 4, (10, 20, 10, 0), 2470),
+        (4, 20, 8, (10, 10, 10, 1), 1218),
+        (6, 12, 9, (10, 10, 10, 1), 832),
+        (8, 16, 8, (10, 10, 10, 1), 1268),
+        (8, 16, 12, (10, 10, 10, 1), 1112),
+        (8, 40, 8, (10, 20, 10, 0), 4970),
+        (8, 40, 16, (9261, 9043, 4668, 601), 1925778),
+        (12, 24, 18, (10, 10, 10, 1), 1676),
+        (16, 32, 16, (9261, 9043, 4668, 601), 2225490),
+        (16, 32, 24, (12, 11, 7, 2), 2470),
+        (16, 32, 32, (10, 20, 10, 0), 2860),
+    ],
+)
+def test_never_worse_than_the_adaptive_v_search(
+    ranks: int, microbatches: int, halves: int, chunk_costs: tuple[int, int, int, int], published: int
+) -> None:
+    # The span of the best of its 60 x 15 x (p - 1) blocks within the cap, after its squeezing and reordering.
+    forward, backward, weight, comm = chunk_costs
+    costs = Costs(2 * forward, 2 * backward, 2 * weight, comm)
+    result = search(ranks, microbatches, costs, halves / 2, "v")
+    assert result.simulate(costs).span <= published
+    assert_sound(result, costs, halves / 2)
+
+
 def random_costs(random: Random) -> Costs:
     forward, backward, weight = (random.choice([7, 10, 13, 20, 36]) for _ in range(3))
     return Costs(forward, backward, weight, random.choice([0, 1, 4]), random.choice([1, 0.5, 0.75, 0]))
