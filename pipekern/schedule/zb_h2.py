@@ -6,8 +6,9 @@ Grid of 3 ranks and 6 micro-batches at F = B = W = 1::
     rank 1 ..F0F1F2B0F3B1F4B2W0F5B3W1B4W2B5W3W4W5..
     rank 2 ....F0B0F1B1F2B2F3B3F4B4W0F5B5W1W2W3W4W5
 
-Bubble (p - 1)(F + B + 2c - 2W) a rank, by span, where W <= F; at most 2p - 1 activations. With a cap k on memory from p to 2p - 1
-the warm-up is cut to what fits, and the bubble at F = B = W = 1 is the smallest there is, 2p - 1 - min(k, m).
+Bubble (p - 1)(F + B + 2c - 2W) a rank, by span, where W <= F and m >= 2p - 1; at most 2p - 1 activations. With a cap k
+on memory from p to 2p - 1 the warm-up is cut to what fits, and the bubble at F = B = W = 1 is the smallest there is,
+2p - 1 - min(k, m).
 (Qi et al., Zero Bubble Pipeline Parallelism, 2023.)
 """
 
