@@ -104,16 +104,14 @@ def _trace(root: nn.Module, path: str) -> fx.Graph:
                 "trace would "
                 "freeze; register it as a buffer"
             )
-    _drop_defaults(graph, len(parameters) - len(defaults))
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    _drop(graph, [node for name, node in zip(parameters, inputs, strict=True) if name in defaults])
     return graph
 
 
-def _drop_defaults(graph: fx.Graph, required: int) -> None:
-    """Take the arguments that were traced with their defaults out of the signature, and the checks that fx puts on
-    them.
-    """
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    dead = dict.fromkeys(inputs[required:])
+def _drop(graph: fx.Graph, inputs: Sequence[fx.Node]) -> None:
+    """Take ``inputs``, traced with their defaults, out of the signature, with the checks that fx puts on them."""
+    dead = dict.fromkeys(inputs)
     for node in graph.nodes:
         if any(source in dead for source in node.all_input_nodes):
             dead[node] = None

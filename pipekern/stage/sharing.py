@@ -26,12 +26,11 @@ def refuse_shared_state(stages: Sequence[Sequence[Unit]]) -> None:
             for name, module in unit.train.named_modules():
                 if not _has_state(module):
                     continue
-                stage, first = home.setdefault(module, (index, unit.prefix + name))
+                path = (unit.prefix + name).rstrip(".")
+                stage, first = home.setdefault(module, (index, path))
                 if stage != index:
-                    faults.append(
-                        f"{unit.prefix + name} ({type(module).__name__}) is in stages {stage} and {index} (there as "
-                        f"{first})"
-                    )
+                    kind = type(module).__name__
+                    faults.append(f"{path} ({kind}) is in stages {stage} and {index} (there as {first})")
     if faults:
         raise ConfigError(
             "modules with buffers cannot be shared between stages, each would update a copy of its own: "
