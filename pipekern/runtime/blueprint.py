@@ -102,10 +102,10 @@ def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: i
                 f"{ranks} and {microbatches}: build it for these"
             )
     if not order.runnable or not order.trains:
+        ready = ", ".join(repr(name) for name in schedules.names() if schedules.describe(name).runnable)
         raise ConfigError(
             f"the schedule {order.name!r} can be simulated but not run yet: it must be synchronous, in one chain, with "
-            "whole "
-            "backwards (BW, no weight gradients put off); run 'gpipe', '1f1b', 'interleaved-1f1b' or 'looped-bfs'"
+            f"whole backwards (BW, no weight gradients put off); run one of {ready}"
         )
     order.check()
     return order
