@@ -16,70 +16,9 @@ Each bound holds for every schedule with the given placement, costs and cap; non
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
-from itertools import accumulate
 
-
-@dataclass(frozen=True)
-class Problem:
-    """A pipeline to find an order for. Times are integers, ``link[s]`` is the latency between stages s and s + 1.
-
-    ``chunks`` is 1, or 2 for V placement, where rank r holds stages r and 2p - 1 - r. ``cap`` is the memory of a
-    rank in activations of one stage, of which ``kept`` stays from B to W.
-    """
-
-    ranks: int
-    microbatches: int
-    chunks: int
-    cap: Fraction
-    kept: Fraction
-    forward: tuple[int, ...]
-    backward: tuple[int, ...]
-    weight: tuple[int, ...]
-    link: tuple[int, ...]
-
-    def stages_of(self, rank: int) -> tuple[int, ...]:
-        """The stages of ``rank``, ascending."""
-        return (rank,) if self.chunks == 1 else (rank, 2 * self.ranks - 1 - rank)
-
-    @property
-    def stage_rank(self) -> tuple[int, ...]:
-        """The rank of every stage."""
-        there = range(self.ranks)
-        return (*there, *(reversed(there) if self.chunks == 2 else ()))
-
-    def busy(self, rank: int) -> int:
-        """Time that ``rank`` computes."""
-        return self.microbatches * sum(
-            self.forward[s] + self.backward[s] + self.weight[s] for s in self.stages_of(rank)
-        )
-
-    @cached_property
-    def _down(self) -> list[int]:
-        """From 0 to the earliest start of each stage's F; one more for the end of the last."""
-        return list(accumulate((f + c for f, c in zip(self.forward, (*self.link, 0), strict=True)), initial=0))
-
-    @cached_property
-    def _up(self) -> list[int]:
-        """From a stage's B, its start included, to the end of stage 0's B, less that of the stage itself."""
-        return list(accumulate((b + c for b, c in zip(self.backward, (*self.link, 0), strict=True)), initial=0))
-
-    def first_forward(self, rank: int) -> int:
-        """The earliest start of the first F of ``rank``, which is its first action."""
-        return self._down[rank]
-
-    def chain(self, start: int, stop: int) -> int:
-        """From the start of F on stage ``start`` to the start of B on stage ``stop``, for one micro-batch."""
-        return self._down[-1] - self._down[start] + self._up[-1] - self._up[stop + 1] + self._back(stop)
-
-    def _back(self, stage: int) -> int:
-        return self.link[stage] if stage < len(self.link) else 0
-
-    def drain(self, stage: int) -> int:
-        """From the end of a B on ``stage`` to the end of stage 0's W of the same micro-batch."""
-        return self._up[stage] + self.weight[0]
+from pipekern.schedule.problem import Problem
 
 
 def lower_bounds(problem: Problem) -> tuple[int, int]:

@@ -10,19 +10,22 @@ work is counted in actions, not in seconds, so a result is the same on every mac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
 
 from pipekern.errors import ConfigError
-from pipekern.schedule.bounds import Problem, lower_bounds, v_law
-from pipekern.schedule.exact import fractions, number, scaled
+from pipekern.schedule.bounds import lower_bounds, v_law
+from pipekern.schedule.exact import number
 from pipekern.schedule.ir import OPS, Action, Schedule
-from pipekern.schedule.simulate import Cost, Costs
+from pipekern.schedule.problem import Problem
+from pipekern.schedule.simulate import Costs
 
 Placement = Literal["single", "v", "any"]
 Objective = Literal["span", "makespan"]
+
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 _WORK = 3_000_000  # actions scheduled a placement and effort: 0.1 to 0.3 s on one core
 _PASSES = 6  # passes over all actions that even the largest problem gets
@@ -67,34 +70,25 @@ def search(
     """
     _check(ranks, microbatches, memory, placement, objective, effort)
     problems = _problems(ranks, microbatches, costs, memory, placement)
-    best: tuple[float, float, _Found] | None = None
-    for scale, problem in problems:
-        found = _run(problem, objective, effort)
-        key = (found.value(objective) / scale, found.other(objective) / scale, found)
-        if best is None or key[:2] < best[:2]:
-            best = key
-    assert best is not None
+    found = min((_run(problem, objective, effort) for problem in problems), key=lambda each: each.key(objective))
     at = OBJECTIVES.index(objective)
-    bound = min(Fraction(lower_bounds(problem)[at], scale) for scale, problem in problems)
-    gap = best[0] / float(bound) - 1 if bound else 0.0
-    return _result(best[2], number(bound.numerator, bound.denominator), gap if gap > 1e-12 else 0.0)
-
-
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+    bound = min(Fraction(lower_bounds(problem)[at], problem.scale) for problem in problems)
+    gap = found.key(objective)[0] / float(bound) - 1 if bound else 0.0
+    return _result(found, number(bound.numerator, bound.denominator), gap if gap > 1e-12 else 0.0)
 
 
 @dataclass(frozen=True)
 class _Found:
+    """Rows of codes, and their times in microseconds."""
+
     problem: Problem
     rows: list[bytes]
     span: float
     makespan: float
 
-    def value(self, objective: Objective) -> float:
-        return self.span if objective == "span" else self.makespan
-
-    def other(self, objective: Objective) -> float:
-        return self.makespan if objective == "span" else self.span
+    def key(self, objective: Objective) -> tuple[float, float]:
+        """What is compared: the objective, then the other one."""
+        return (self.span, self.makespan) if objective == "span" else (self.makespan, self.span)
 
 
 def _check(ranks: int, microbatches: int, memory: float | None, placement: str, objective: str, effort: int) -> None:
@@ -114,51 +108,17 @@ def _check(ranks: int, microbatches: int, memory: float | None, placement: str, 
         raise ConfigError(f"effort={effort}: the search needs some work; give 1 or more")
 
 
-def _problems(
-    ranks: int, microbatches: int, costs: Costs, memory: float | None, placement: Placement
-) -> list[tuple[int, Problem]]:
-    """The problem of each allowed placement for which the costs have the right length, with its ticks a unit."""
-    allowed = {"single": (1,), "v": (2,), "any": (1, 2)}[placement]
-    given = {"forward": costs.forward, "backward": costs.backward, "weight": costs.weight}
-    problems = []
-    for chunks in allowed:
-        stages = ranks * chunks
-        lengths = {name: len(cost) for name, cost in given.items() if isinstance(cost, Sequence)}
-        links = len(costs.comm) if isinstance(costs.comm, Sequence) else stages - 1
-        if all(length == stages for length in lengths.values()) and links == stages - 1:
-            problems.append(_problem(ranks, microbatches, chunks, costs, memory))
+def _problems(ranks: int, microbatches: int, costs: Costs, memory: float | None, placement: Placement) -> list[Problem]:
+    """The problem of each allowed placement that the costs are for: lists have one value a stage."""
+    problems, faults = [], []
+    for chunks in {"single": (1,), "v": (2,), "any": (1, 2)}[placement]:
+        try:
+            problems.append(Problem.of(ranks, microbatches, chunks, costs, memory))
+        except ConfigError as error:
+            faults.append(str(error))
     if not problems:
-        want = " or ".join(str(ranks * chunks) for chunks in allowed)
-        have = ", ".join(
-            f"{name} {len(cost)}" for name, cost in (*given.items(), ("comm", costs.comm)) if isinstance(cost, Sequence)
-        )
-        raise ConfigError(
-            f"the costs have the wrong length ({have}): placement={placement!r} with ranks={ranks} needs one number or "
-            f"{want} values, and one comm fewer"
-        )
+        raise ConfigError("; ".join(faults))
     return problems
-
-
-def _problem(ranks: int, microbatches: int, chunks: int, costs: Costs, memory: float | None) -> tuple[int, Problem]:
-    stages = ranks * chunks
-
-    def listed(name: str, cost: Cost, count: int, parts: int) -> list[Fraction]:
-        if isinstance(cost, Sequence):
-            return fractions(name, cost)
-        return [Fraction(cost) / parts] * count
-
-    exact = [
-        listed(name, cost, stages, chunks)
-        for name, cost in (("forward", costs.forward), ("backward", costs.backward), ("weight", costs.weight))
-    ]
-    links = listed("comm", costs.comm, stages - 1, 1)
-    if chunks == 2:
-        links[ranks - 1] = Fraction(0)  # between the two chunks of the last rank
-    scale, (forward, backward, weight, link) = scaled(*exact, links)
-    cap = Fraction(microbatches if memory is None or math.isinf(memory) else memory) * chunks
-    return scale, Problem(
-        ranks, microbatches, chunks, cap, Fraction(costs.kept), *map(tuple, (forward, backward, weight, link))
-    )
 
 
 def _run(problem: Problem, objective: Objective, effort: int) -> _Found:
@@ -188,7 +148,8 @@ def _run(problem: Problem, objective: Objective, effort: int) -> _Found:
         (span * unit, makespan * unit),
         effort * max(_WORK, _PASSES * actions),
     )
-    return _Found(problem, rows, found_span / unit, found_makespan / unit)
+    tick = unit * problem.scale
+    return _Found(problem, rows, found_span / tick, found_makespan / tick)
 
 
 def _result(found: _Found, lower_bound: float, gap: float) -> SearchResult:

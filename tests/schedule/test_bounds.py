@@ -8,7 +8,8 @@ from random import Random
 import pytest
 
 from pipekern.schedule import Costs, Schedule, build
-from pipekern.schedule.bounds import Problem, lower_bounds, v_law
+from pipekern.schedule.bounds import lower_bounds, v_law
+from pipekern.schedule.problem import Problem
 
 
 def uniform(

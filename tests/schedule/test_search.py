@@ -257,8 +257,8 @@ def test_large() -> None:
         ({"placement": "w"}, "placement='w' is not known; give one of single, v, any"),
         ({"objective": "time"}, "objective='time' is not known"),
         ({"effort": 0}, "effort=0"),
-        ({"costs": Costs([1, 1, 1], 1, 1)}, r"wrong length \(forward 3\): .*ranks=4 needs one number or 4 or 8 values"),
-        ({"costs": Costs(1, 1, 1, comm=[0] * 5)}, r"wrong length \(comm 5\)"),
+        ({"costs": Costs([1, 1, 1], 1, 1)}, r"forward has 3 values; .* one number or 4 values; .* or 8 values"),
+        ({"costs": Costs(1, 1, 1, comm=[0] * 5)}, "comm has 5 values; 4 stages need one number or 3 values"),
     ],
 )
 def test_bad_input(change: dict[str, object], reason: str) -> None:
