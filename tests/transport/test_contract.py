@@ -322,6 +322,7 @@ def close_first(ends: Ends, first: int) -> Steps:
     """One rank closes while the other still has a message to read."""
     other = 1 - ends.rank
     yield from send(ends, f"{ends.rank}>{other}", 3, torch.full((1000,), float(ends.rank)))
+    yield None
     if ends.rank != first:
         got = yield from receive(ends, f"{other}>{ends.rank}", 3)
         assert bool((got.value == float(other)).all())
