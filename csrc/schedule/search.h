@@ -19,7 +19,7 @@ struct Found {
     std::size_t work = 0;
 };
 
-// The best order found: never over the cap, never worse than a published one that fits it.
+// The best order found: never over the cap, and never worse than the orders of search_published.h that fit it.
 Found search(const Problem& problem, const Goal& goal);
 
 }  // namespace pipekern::search
