@@ -1,5 +1,5 @@
 """Plans: how layers are cut into stages."""
 
-from pipekern.plan.partition import Partition, partition
+from pipekern.plan.partition import Partition, StageMemory, partition, partition_types
 
-__all__ = ["Partition", "partition"]
+__all__ = ["Partition", "StageMemory", "partition", "partition_types"]

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import combinations, pairwise
+from itertools import accumulate, combinations, pairwise, permutations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipekern.errors import ConfigError
-from pipekern.plan import partition
+from pipekern.plan.partition import Partition, StageMemory, partition, partition_types
 
 
 def test_golden_cut() -> None:
     found = partition([7, 3, 9, 4, 8, 2, 6, 5, 1, 10, 3, 7], 3)
-    assert (found.bounds, found.times, found.bottleneck) == ((0, 4, 9, 12), (23, 22, 20), 23)
+    assert (found.bounds, found.times, found.bottleneck) == ((0, 4, 8, 12), (23, 21, 21), 23)
 
 
 def test_where_a_block_heuristic_gives_5() -> None:
@@ -62,6 +64,118 @@ def times(
     ]
 
 
+def test_early_stages_hold_more() -> None:
+    """The first of two stages holds two micro-batches: the cap that lets it have two layers, and one below."""
+    memory = StageMemory(fixed=[10] * 4, activations=[5] * 4, in_flight=[2, 1], caps=50)
+    assert partition([1, 1, 1, 1], 2, memory=memory).bounds == (0, 2, 4)
+    memory = StageMemory(fixed=[10] * 4, activations=[5] * 4, in_flight=[2, 1], caps=[39, 45])
+    assert partition([1, 1, 1, 1], 2, memory=memory).bounds == (0, 1, 4)
+
+
+def test_says_how_much_is_missing() -> None:
+    memory = StageMemory(fixed=[10] * 4, activations=[5] * 4, in_flight=[2, 1], caps=35)
+    with pytest.raises(ConfigError, match=r"stays within caps=35 bytes; every device would need at least 5 bytes more"):
+        partition([1, 1, 1, 1], 2, memory=memory)
+
+
+def test_step_time_is_not_the_bottleneck_alone() -> None:
+    """A slow first device: with many micro-batches it takes its share, with one it gets as little as it can."""
+    costs, speeds = [3, 3, 3, 3, 3], [1, 1.5]
+    assert partition(costs, 2, speeds, microbatches=100).times == (6, 6)
+    assert partition(costs, 2, speeds, microbatches=1).times == (3, 8)
+
+
+def test_order_of_types_is_free() -> None:
+    found = partition_types([9, 2, 9], [2, 1], [3, 1])
+    assert (found.bounds, found.devices, found.bottleneck) == ((0, 1, 2, 3), (0, 1, 0), 3)
+
+
+whole = st.integers(0, 20)
+
+
+@given(st.data())
+def test_no_cut_is_better_under_caps_by_step_time_and_in_any_order(data: st.DataObject) -> None:
+    costs = data.draw(st.lists(whole, min_size=2, max_size=7))
+    layers, types = len(costs), data.draw(st.integers(1, 2))
+    counts = [data.draw(st.integers(1, 2)) for _ in range(types)]
+    parts = data.draw(st.integers(1, min(layers, sum(counts))))
+    speeds = [data.draw(st.sampled_from([0.3, 0.5, 1, 1.5, 3])) for _ in counts]
+    cuts = data.draw(st.lists(whole, min_size=layers + 1, max_size=layers + 1))
+    microbatches = data.draw(st.none() | st.integers(1, 12))
+    flight = data.draw(st.lists(st.integers(0, 3), min_size=parts, max_size=parts))
+    fixed = data.draw(st.lists(whole, min_size=layers, max_size=layers))
+    activations = data.draw(st.lists(whole, min_size=layers, max_size=layers))
+    caps = [data.draw(st.integers(0, 100)) for _ in counts]
+    pool = [kind for kind, count in enumerate(counts) for _ in range(count)]
+    orders = set(permutations(pool, parts))
+
+    def best(order: tuple[int, ...]) -> list[tuple[Fraction, Fraction]]:
+        """(bottleneck or step, total) of every cut that fits."""
+        found = []
+        for bounds in every_cut(layers, parts):
+            sizes = [
+                sum(fixed[i:j]) + held * sum(activations[i:j])
+                for (i, j), held in zip(pairwise(bounds), flight, strict=True)
+            ]
+            if all(size <= caps[kind] for size, kind in zip(sizes, order, strict=True)):
+                each = times(costs, bounds, [speeds[kind] for kind in order], cuts)
+                step = max(each) if microbatches is None else sum(each) + (microbatches - 1) * max(each)
+                found.append((Fraction(step), sum(each, Fraction(0))))
+        return found
+
+    def value(found: Partition) -> float:
+        return found.bottleneck if microbatches is None else found.step(microbatches)
+
+    every = {order: best(order) for order in orders}
+    memory = StageMemory(fixed, activations, flight, caps)
+    if not any(every.values()):
+        with pytest.raises(ConfigError, match="every device would need at least"):
+            partition_types(costs, counts, speeds, parts, cuts, memory=memory, microbatches=microbatches)
+        return
+    free = partition_types(costs, counts, speeds, parts, cuts, memory=memory, microbatches=microbatches)
+    assert value(free) == pytest.approx(float(min(min(found)[0] for found in every.values() if found)), rel=1e-12)
+    order = free.devices
+    memory = StageMemory(fixed, activations, flight, [caps[kind] for kind in order])
+    fixed_order = partition(
+        costs, parts, [speeds[kind] for kind in order], cuts, memory=memory, microbatches=microbatches
+    )
+    assert value(fixed_order) == pytest.approx(float(min(every[order])[0]), rel=1e-12)
+    if microbatches is None:  # the smallest total among those with the smallest bottleneck
+        assert sum(fixed_order.times) == pytest.approx(float(min(every[order])[1]), rel=1e-12)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("microbatches", [None, 1, 7, 40, 1000])
+def test_agrees_with_a_table_for_every_limit(microbatches: int | None) -> None:
+    """20 layers on 5 devices of continuous speeds, against a dynamic programme under every time a stage can have."""
+    rng = random.Random()
+    costs, cuts = [rng.uniform(1, 9) for _ in range(20)], [rng.uniform(0, 5) for _ in range(21)]
+    speeds = [rng.uniform(0.5, 2) for _ in range(5)]
+    found = partition(costs, 5, speeds, cuts, microbatches=microbatches)
+    before = [0.0, *accumulate(costs)]
+
+    def stage(k: int, i: int, j: int) -> float:
+        return (before[j] - before[i]) / speeds[k] + cuts[i] + cuts[j]
+
+    def total(limit: float) -> float:
+        best = {0: 0.0}
+        for k in range(5):
+            reached: dict[int, float] = {}
+            for i, sofar in best.items():
+                for j in range(i + 1, 21):
+                    if stage(k, i, j) <= limit:
+                        reached[j] = min(reached.get(j, math.inf), sofar + stage(k, i, j))
+            best = reached
+        return best.get(20, math.inf)
+
+    limits = {stage(k, i, j) for k in range(5) for i in range(20) for j in range(i + 1, 21)}
+    if microbatches is None:
+        assert found.bottleneck == pytest.approx(min(x for x in limits if total(x) < math.inf), rel=1e-9)
+    else:
+        least = min(total(limit) + (microbatches - 1) * limit for limit in limits)
+        assert found.step(microbatches) == pytest.approx(least, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -69,8 +183,11 @@ def times(
         ({"parts": 0}, "parts=0"),
         ({"costs": [1, -1]}, "costs=-1 is not a finite number"),
         ({"costs": [1, float("nan")]}, "costs=nan"),
-        ({"speeds": [1]}, "2 stages need 2 finite speeds above 0"),
-        ({"speeds": [1, 0]}, "speeds=.1, 0."),
+        ({"speeds": [1]}, "2 stages need 2 of them"),
+        ({"speeds": [1, 0]}, "speeds=0 is not a finite number above 0"),
+        ({"microbatches": 0}, "microbatches=0; a step needs at least 1"),
+        ({"memory": StageMemory([1] * 4, [1] * 3, [2, 1], 9)}, "memory.activations has 3 values; it needs 4"),
+        ({"memory": StageMemory([1] * 4, [1] * 4, [2, 1], -1)}, "memory.caps=-1"),
         ({"cut_costs": [0, 1]}, "cut_costs has 2 values; 4 layers need 5"),
         ({"cut_costs": [0, 1, -3, 1, 0]}, "cut_costs=-3"),
     ],
@@ -78,3 +195,12 @@ def times(
 def test_wrong_input(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         partition(**{"costs": [7, 3, 9, 4], "parts": 2} | arguments)  # type: ignore[arg-type]
+
+
+def test_no_devices() -> None:
+    with pytest.raises(ConfigError, match="give at least one device"):
+        partition_types([1, 2], [], [])
+    with pytest.raises(ConfigError, match="give at least one device"):
+        partition_types([1, 2], [0, 0], [1, 1])
+    with pytest.raises(ConfigError, match="parts=3: there are 2 devices"):
+        partition_types([1, 2, 3], [1, 1], [1, 1], parts=3)

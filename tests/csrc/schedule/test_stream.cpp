@@ -1,11 +1,11 @@
 // Stream against a table of all results, filled by asking over and over which rank can go on.
-#include "schedule/stream.h"
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <string>
+
+#include "schedule/stream.h"
 
 using namespace pipekern;
 using i64 = std::int64_t;

@@ -1,0 +1,108 @@
+"""The best cut of a lattice: by its slowest stage, or by the time of a whole step."""
+
+from __future__ import annotations
+
+import heapq
+from typing import NamedTuple
+
+from pipekern.plan.lattice import Lattice
+from pipekern.plan.table import Corridor, Cut, Table
+
+
+def smallest_bottleneck(lattice: Lattice) -> Cut | None:
+    """The cut whose longest stage is shortest, and among those one of the smallest total; None where none fits.
+
+    Exact, by bisection over integers: first over what would do if cuts were free, then over what does.
+    """
+    if not lattice.windows(lattice.endless):
+        return None
+    low, high = 0, lattice.endless
+    while low < high:
+        middle = (low + high) // 2
+        if not lattice.windows(middle):
+            low = middle + 1
+        else:
+            high = middle
+    best = Table(lattice, low).cut()
+    step = 2 * max(lattice.cuts) or 1
+    while best is None:
+        if low > lattice.endless:
+            return None
+        low, high = high + 1, high + step
+        best = Table(lattice, high).cut()
+        step *= 2
+    while low < best.longest:
+        middle = (low + best.longest - 1) // 2
+        better = Table(lattice, middle).cut()
+        if better is None:
+            low = middle + 1
+        else:
+            best = better
+    return best
+
+
+def shortest_step(lattice: Lattice, microbatches: int) -> Cut | None:
+    """The cut with the smallest total + (m - 1) × longest stage; None where none fits.
+
+    Exact, by branch and bound over the limit of the longest stage: under a higher limit the total can only be smaller,
+    so that a range of limits is at best the total of its highest with the longest stage of its lowest.
+    """
+    best = smallest_bottleneck(lattice)
+    if best is None:
+        return None
+    repeats = microbatches - 1
+    least = best.longest + 1
+    likely = _likeliest(lattice, least, repeats)
+    ranges: list[_Range] = []
+
+    def add(low: int, high: int, total: int, corridor: Corridor | None) -> None:
+        if low <= high:
+            total = max(total, lattice.least_total(high))
+            heapq.heappush(ranges, _Range(total + repeats * low, low, high, total, corridor))
+
+    add(least, likely, 0, None)
+    add(likely + 1, lattice.endless, 0, None)
+    while ranges:
+        bound, low, high, total, corridor = heapq.heappop(ranges)
+        goal = _step(best, repeats)
+        if bound >= goal:
+            break
+        if total + repeats * high >= goal:
+            add(low, (goal - 1 - total) // repeats, total, corridor)
+            continue
+        table = Table(lattice, high, goal - repeats * low, corridor)
+        cut = table.cut()
+        if cut is None:
+            continue
+        best = min(best, cut, key=lambda one: (_step(one, repeats), one.longest))
+        corridor = table.corridor(_step(best, repeats) - repeats * low)
+        middle = (low + cut.longest) // 2
+        add(low, middle - 1, cut.total, corridor)
+        add(middle, cut.longest - 1, cut.total, corridor)
+    return best
+
+
+class _Range(NamedTuple):
+    """Limits from ``low`` to ``high``, all with at least the total ``total`` and the step ``bound``."""
+
+    bound: int
+    low: int
+    high: int
+    total: int
+    corridor: Corridor | None
+
+
+def _step(cut: Cut, repeats: int) -> int:
+    return cut.total + repeats * cut.longest
+
+
+def _likeliest(lattice: Lattice, low: int, repeats: int) -> int:
+    """The limit from ``low`` on under which the step is shortest if layers could be split at will."""
+    high = lattice.endless
+    while low < high:
+        middle = (low + high) // 2
+        if lattice.least_total(middle + 1) + repeats < lattice.least_total(middle):
+            low = middle + 1
+        else:
+            high = middle
+    return low
