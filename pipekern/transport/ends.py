@@ -24,7 +24,17 @@ from pipekern.transport.agree import SLICE
 from pipekern.transport.base import Link, Message
 from pipekern.transport.control import Control
 from pipekern.transport.message import pack, specs, unpack
-from pipekern.transport.wire import HEADER_BYTES, MESSAGES, TOKENS, Header, Wire, new_block, read_block, write_block
+from pipekern.transport.wire import (
+    HEADER_BYTES,
+    MESSAGES,
+    TOKENS,
+    Blocks,
+    Header,
+    Wire,
+    block_bytes,
+    read_block,
+    write_block,
+)
 
 CREDIT, END, PLEASE_END = 1, -1, -2  # tokens, int64: one slot is free; the last token; the receiver closes
 
@@ -40,7 +50,8 @@ class DistSender:
         self._sequence = 0
         self._free = link.slots
         self._ended = False
-        self._posted: deque[tuple[list[Work], list[Tensor]]] = deque()  # what the peer may still be reading
+        self._blocks = Blocks()
+        self._posted: deque[_Posted] = deque()  # what the peer may still be reading
 
     def send(self, tag: int, value: Any, digest: int = 0) -> bool:
         """Copy ``value`` and start to send it, or return False when ``slots`` messages are not yet given back."""
@@ -49,20 +60,22 @@ class DistSender:
             self._control.blocked(f"a free slot on link '{self.link.name}' to rank {self.link.target}")
             return False
         packed = pack(value)
-        block = write_block(packed)
-        header = Header(self._sequence, tag, digest, len(packed.descriptor), len(block))
+        nbytes = block_bytes(packed)
+        block = self._blocks.take(nbytes)
+        write_block(packed, block)
+        header = Header(self._sequence, tag, digest, len(packed.descriptor), nbytes).encode()
         with self._lock:
             if self._ended:
                 raise _closed(self.link.target, f"rank {self.link.source} sends on link '{self.link.name}'")
             self._free -= 1
-            self._post([header.encode(), torch.frombuffer(block, dtype=torch.uint8)])
+            self._post([header, torch.frombuffer(block, dtype=torch.uint8, count=nbytes)], block)
         self._sequence += 1
         self._control.moved()
         return True
 
-    def _post(self, parts: list[Tensor]) -> None:
+    def _post(self, parts: list[Tensor], block: mmap.mmap | None = None) -> None:
         try:
-            self._posted.append(([self.wire.send(part, MESSAGES) for part in parts], parts))
+            self._posted.append(_Posted([self.wire.send(part, MESSAGES) for part in parts], parts, block))
         except RuntimeError as error:
             self._control.lost(self.link.target, _brief(error))
             self._control.check()
@@ -94,11 +107,19 @@ class DistSender:
     def _release(self) -> None:
         """Take back the oldest message's memory and slot."""
         with self._lock:  # so that the message is in the queue, however fast its token came back
-            works, _ = self._posted.popleft()
-        for work in works:
+            posted = self._posted.popleft()
+        for work in posted.works:
             work.wait()  # at once: the peer has the message
+        if posted.block is not None:
+            self._blocks.give(posted.block)
         with self._lock:
             self._free += 1
+
+
+class _Posted(NamedTuple):
+    works: list[Work]
+    parts: list[Tensor]
+    block: mmap.mmap | None
 
 
 class _Arrived(NamedTuple):
@@ -109,6 +130,8 @@ class _Arrived(NamedTuple):
 class _Lent(NamedTuple):
     """A received block that tensors still view."""
 
+    watch: weakref.ref[memoryview]
+    block: mmap.mmap
     start: int
     stop: int
     shapes: list[tuple[int, ...]]
@@ -127,7 +150,8 @@ class DistReceiver:
         self._tokens: deque[tuple[Work, Tensor]] = deque(maxlen=link.slots + 2)  # older ones have been read: see post
         self._arrived: queue.SimpleQueue[_Arrived | None] = queue.SimpleQueue()
         self._freed = freed
-        self._lent: dict[weakref.ref[mmap.mmap], _Lent] = {}
+        self._blocks = Blocks()
+        self._lent: dict[int, _Lent] = {}  # by the id of its watch, since a memoryview has no hash
 
     def ready(self) -> bool:
         """True when a message has arrived, or none can come."""
@@ -145,12 +169,14 @@ class DistReceiver:
                 "different programs",
                 self.link.source,
             )
+        lease = memoryview(block)  # what the tensors hold: it dies with the last of them, and the block is used again
         descriptor = block[: header.descriptor_bytes]
         found = specs(descriptor)
-        tensors = read_block(block, header.descriptor_bytes, found)
+        tensors = read_block(lease, header.descriptor_bytes, found)
         start = torch.frombuffer(block, dtype=torch.uint8).data_ptr()
         shapes = [spec.shape for spec in found if spec.nbytes]
-        self._lent[weakref.ref(block, self._died)] = _Lent(start, start + len(block), shapes)
+        watch = weakref.ref(lease, self._died)
+        self._lent[id(watch)] = _Lent(watch, block, start, start + len(block), shapes)
         return Message(unpack(descriptor, tensors), header.digest)
 
     def _next(self, wait: float | None) -> _Arrived | None:
@@ -173,8 +199,8 @@ class DistReceiver:
             self._arrived.put(None)
             raise _closed(self.link.source, f"rank {self.link.target} waits for {self._what}")
 
-    def _died(self, block: weakref.ref[mmap.mmap]) -> None:
-        self._lent.pop(block, None)
+    def _died(self, watch: weakref.ref[memoryview]) -> None:
+        self._blocks.give(self._lent.pop(id(watch)).block)
         self._freed.put(self)
 
     def held(self) -> list[tuple[int, ...]]:
@@ -210,10 +236,9 @@ class DistReceiver:
                     if last is not None:
                         last.wait()
                     return
-                block = new_block(header.block_bytes)
-                self.wire.recv(torch.frombuffer(block, dtype=torch.uint8), MESSAGES)
+                block = self._blocks.take(header.block_bytes)
+                self.wire.recv(torch.frombuffer(block, dtype=torch.uint8, count=header.block_bytes), MESSAGES)
                 self._arrived.put(_Arrived(header, block))
-                del block
         except RuntimeError as error:
             self._control.lost(self.link.source, _brief(error))
         except TransportError as error:

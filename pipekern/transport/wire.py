@@ -51,25 +51,47 @@ class Header(NamedTuple):
 HEADER_BYTES = _HEADER.size
 
 
-def new_block(nbytes: int) -> mmap.mmap:
-    """Memory of its own, zeroed lazily by the kernel, that can be weakly referenced: its death frees a slot."""
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+class Blocks:
+    """Memory for a link's messages, used again: fresh pages cost more than the copy into them (64 MB: 25 ms).
+
+    One thread takes; any may give, also one that just dropped a tensor.
+    """
+
+    def __init__(self) -> None:
+        self._spare: list[mmap.mmap] = []
+
+    def take(self, nbytes: int) -> mmap.mmap:
+        """A block of at least ``nbytes``; in place of a spare one that is too small, new memory."""
+        fitting = [block for block in list(self._spare) if len(block) >= nbytes]
+        if fitting:
+            best = min(fitting, key=len)
+            self._spare.remove(best)
+            return best
+        if self._spare:
+            self._spare.pop(0)
+        return mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def give(self, block: mmap.mmap) -> None:
+        """Take ``block`` back."""
+        self._spare.append(block)
 
 
-def write_block(packed: Packed) -> mmap.mmap:
-    """The block of a message: the one copy that a send makes."""
+def block_bytes(packed: Packed) -> int:
+    """How much a message takes."""
+    return _offsets(len(packed.descriptor), [tensor.nbytes for tensor in packed.tensors])[-1]
+
+
+def write_block(packed: Packed, block: mmap.mmap) -> None:
+    """Fill a block: the one copy that a send makes."""
     sizes = [tensor.nbytes for tensor in packed.tensors]
-    offsets = _offsets(len(packed.descriptor), sizes)
-    block = new_block(max(offsets[-1], 1))
     block[: len(packed.descriptor)] = packed.descriptor
-    for tensor, offset, size in zip(packed.tensors, offsets, sizes, strict=False):
+    for tensor, offset, size in zip(packed.tensors, _offsets(len(packed.descriptor), sizes), sizes, strict=False):
         if size:
             torch.frombuffer(block, dtype=torch.uint8, count=size, offset=offset).copy_(flat_bytes(tensor))
-    return block
 
 
-def read_block(block: mmap.mmap, descriptor_bytes: int, found: Sequence[TensorSpec]) -> list[Tensor]:
-    """The tensors ``found`` in a block, as views of it, each with a storage of its own. Empty ones do not hold it."""
+def read_block(block: memoryview, descriptor_bytes: int, found: Sequence[TensorSpec]) -> list[Tensor]:
+    """The tensors ``found`` in ``block``, each with a storage of its own that holds ``block``; empty ones do not."""
     offsets = _offsets(descriptor_bytes, [spec.nbytes for spec in found])
     tensors = []
     for spec, offset in zip(found, offsets, strict=False):

@@ -77,7 +77,7 @@ def join(name: str, timeout: float) -> World | None:
     """
     if name in ("local", "null"):
         return None
-    ready = dist.is_available() and dist.is_initialized()
+    ready = dist.is_initialized()
     if not ready and not ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
         if name == "auto":
             return None

@@ -11,7 +11,7 @@ import torch
 
 from pipekern.errors import TransportError
 from pipekern.transport import message
-from pipekern.transport.wire import HEADER_BYTES, Header, read_block, write_block
+from pipekern.transport.wire import HEADER_BYTES, Blocks, Header, block_bytes, read_block, write_block
 
 
 def test_golden_header() -> None:
@@ -30,6 +30,12 @@ def test_bytes_of_something_else_are_refused(at: int) -> None:
         Header.decode(encoded)
 
 
+def written(packed: message.Packed) -> memoryview:
+    block = Blocks().take(block_bytes(packed))
+    write_block(packed, block)
+    return memoryview(block)
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -42,7 +48,7 @@ def test_bytes_of_something_else_are_refused(at: int) -> None:
 )
 def test_a_block_gives_back_what_was_packed(value: Any) -> None:
     packed = message.pack(value)
-    block = write_block(packed)
+    block = written(packed)
     found = message.specs(packed.descriptor)
     tensors = read_block(block, len(packed.descriptor), found)
     assert block[: len(packed.descriptor)] == packed.descriptor
@@ -54,7 +60,7 @@ def test_a_block_gives_back_what_was_packed(value: Any) -> None:
 
 def test_a_block_lives_as_long_as_a_view_of_any_tensor_in_it() -> None:
     packed = message.pack((torch.arange(8.0), torch.ones(3), torch.empty(0)))
-    block = write_block(packed)
+    block = written(packed)
     died: list[int] = []
     watch = weakref.ref(block, lambda _: died.append(1))
     first, second, empty = read_block(block, len(packed.descriptor), message.specs(packed.descriptor))
@@ -64,3 +70,14 @@ def test_a_block_lives_as_long_as_a_view_of_any_tensor_in_it() -> None:
     assert not died and view.tolist() == [[1.0], [1.0]]
     del view
     assert died and watch() is None and empty.numel() == 0
+
+
+def test_blocks_are_used_again_the_smallest_that_fits() -> None:
+    blocks = Blocks()
+    small, large = blocks.take(100), blocks.take(10_000)
+    for block in (large, small):
+        blocks.give(block)
+    assert blocks.take(50) is small and blocks.take(50) is large
+    blocks.give(small)
+    assert len(blocks.take(101)) == 101  # and the one that was too small is gone
+    assert blocks.take(1) is not small
