@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 from pipekern.errors import ConfigError
@@ -48,25 +46,12 @@ def compare(
     for name in names():
         taken = chunks if chunks in describe(name).chunks else None
         try:
-            make = partial(build, name, ranks=ranks, microbatches=microbatches, chunks=taken)
-            found.append(_within(memory, make, costs))
+            schedule = build(name, ranks=ranks, microbatches=microbatches, chunks=taken, memory=memory)
+            found.append(figures(schedule, costs))
         except ConfigError as error:
             refused[name] = str(error)
     found.sort(key=lambda row: (row.makespan, row.span, row.peak, row.name))
     return Comparison(found, refused)
-
-
-def _within(memory: float | None, make: Callable[..., Schedule], costs: Costs) -> Figures:
-    """The figures with ``memory`` as a cap, which more schedules keep where activations shrink from B to W."""
-    try:
-        return figures(make(memory=memory), costs)
-    except ConfigError:
-        if memory is None or costs.kept == 1:
-            raise
-        row = figures(make(), costs)
-        if row.peak > memory:
-            raise
-        return row
 
 
 def figures(schedule: Schedule, costs: Costs) -> Figures:

@@ -2,8 +2,9 @@
 
 One HTML file that needs no network and no server. The rules of the schedules and the simulation are there in
 JavaScript, in ``page/``: ``rules.js`` and ``fill.js`` are the twins of the generators, ``simulate.js`` of the
-simulator, ``state.js`` holds what is chosen, ``picture.js`` draws, ``tables.js`` and ``page.js`` are what stands
-around it. What a schedule is (its chunks, placement, whether it can be run) is taken from the registry.
+simulator, ``text.js`` of the text form; ``state.js`` holds what is chosen, ``picture.js`` draws, ``tables.js`` and
+``page.js`` are what stands around it. What a schedule is (its chunks, placement, whether it can be run) is taken from
+the registry.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipekern._version import __version__
 from pipekern.schedule.ir import Schedule
 from pipekern.schedule.registry import describe, names
 
-SCRIPTS = ("rules.js", "fill.js", "simulate.js", "state.js", "picture.js", "tables.js", "page.js")
+SCRIPTS = ("rules.js", "fill.js", "simulate.js", "text.js", "state.js", "picture.js", "tables.js", "page.js")
 
 
 def page(schedules: Sequence[Schedule] = ()) -> str:
@@ -26,7 +27,8 @@ def page(schedules: Sequence[Schedule] = ()) -> str:
 
     A schedule that was registered by a user has no rule in the page: build it and give it here.
     """
-    data = {"schedules": {name: _facts(name) for name in names()}, "texts": [str(schedule) for schedule in schedules]}
+    published = (name for name in names() if describe(name).generate.__module__.startswith("pipekern.schedule."))
+    data = {"schedules": {name: _facts(name) for name in published}, "texts": list(map(str, schedules))}
     parts = {
         "version": __version__,
         "style": source("page.css").rstrip(),

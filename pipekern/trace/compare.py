@@ -39,7 +39,7 @@ _LOOKS = {
 _PLACES = [
     (x, y) for far in (1, 2.2, 3.6, 5) for x, y in ((9, 0), (-9, 0), (0, 10 * far), (0, -10 * far), (9, 7 * far))
 ]
-_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
+_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 0.8}
 _TEXT: dict[str, Any] = {
     "textcoords": "offset points",
     "va": "center",
@@ -101,16 +101,17 @@ def _border(axes: Axes, found: Sequence[tuple[float, float]]) -> None:
 
 
 def _frame(axes: Axes, title: str, axis: str) -> None:
+    axes.margins(0.1)
+    axes.autoscale_view()
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.margins(0.12)
     axes.set_xlabel("peak memory of the fullest rank, in activations of one micro-batch")
     axes.set_ylabel(f"{axis}, %")
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=4, frameon=False, fontsize=8, columnspacing=1.2)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=5, frameon=False, fontsize=8, columnspacing=1.2)
 
 
 def _names(axes: Axes, points: Iterable[Point], found: Sequence[tuple[float, float]]) -> None:

@@ -58,29 +58,29 @@ function change(values, typing = null) {
   render(typing);
 }
 
-// Everything follows from the state. `typing` is the box that has the cursor, whose text is left alone.
+// Everything follows from the state. `typing` is the box that has the cursor, whose text is left alone. What is at fault
+// leaves the last picture that could be made, faded.
 function render(typing = null) {
   let fault = "";
   try {
-    const found = scheduleOf(state);
-    now = { ...found, result: simulate(found.schedule, costsOf(state)) };
+    now = resultOf(state);
   } catch (error) {
     fault = state.schedule === OWN && !state.text ? "Paste a schedule in the text form, or open a file." : error.message;
-    now ??= scheduleOf(initial());
+    now ??= resultOf(initial());
   }
   $("fault").hidden = !fault;
   $("fault").textContent = fault;
+  document.querySelector(".results").classList.toggle("stale", Boolean(fault));
   showControls(typing);
-  if (fault) return;
   showFigures(now.result, now.facts, state.limit);
   showRanks(now.schedule, now.result);
   picture.show(now.schedule, now.result, state.limit);
   showStatus();
-  showNumbers();
+  showNumbers(fault);
   $("command").textContent = commandOf(state, now);
   history.replaceState(null, "", toHash(state));
   clearTimeout(waiting);
-  waiting = setTimeout(() => showAll(state, (schedule) => change({ schedule })), 60);
+  if (!fault) waiting = setTimeout(() => showAll(state, now, (schedule) => change({ schedule })), 60);
 }
 
 function showControls(typing) {
@@ -88,7 +88,7 @@ function showControls(typing) {
   const own = state.schedule.startsWith(OWN);
   const used = { p: grid.ranks, m: grid.microbatches, v: grid.chunks };
   $("schedule").value = state.schedule;
-  $("about").textContent = facts.about ?? "";
+  $("about").textContent = own ? "Read from its text form: its sizes are its own." : facts.about;
   $("own").hidden = state.schedule !== OWN;
   if (document.activeElement !== $("text")) $("text").value = state.text;
   for (const control of document.querySelectorAll(".control")) {
@@ -111,11 +111,11 @@ function showControls(typing) {
 }
 
 // For those who read the page with a program, and for the tests.
-function showNumbers() {
+function showNumbers(fault) {
   const { makespan, span, busy, bubble, spanBubble, peaks, messages } = now.result;
   const { ranks, microbatches, chunks } = now.grid;
   const numbers = { schedule: now.schedule.name, ranks, microbatches, chunks, makespan, span, busy, bubble, span_bubble: spanBubble, peak_activations: peaks, messages };
-  $("numbers").textContent = JSON.stringify(numbers);
+  $("numbers").textContent = JSON.stringify(fault ? { fault } : numbers);
 }
 
 function showStatus() {
@@ -208,7 +208,7 @@ function addSharing() {
   copy("copy-command", () => $("command").textContent);
   $("save-picture").addEventListener("click", () => save(`${now.schedule.name}.png`, $("canvas").toDataURL()));
   $("save-text").addEventListener("click", () =>
-    save(`${now.schedule.name}.txt`, `data:text/plain;charset=utf-8,${encodeURIComponent(textOf(now.schedule, now.facts))}`));
+    save(`${now.schedule.name}.txt`, `data:text/plain;charset=utf-8,${encodeURIComponent(textOf(now.schedule))}`));
 }
 
 addControls();

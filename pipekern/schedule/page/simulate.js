@@ -1,6 +1,6 @@
-// A schedule from its rule or its text form, and its exact timeline. The twin of pipekern/schedule/simulate.py.
+// A schedule from its rule, and its exact timeline. The twin of pipekern/schedule/simulate.py.
 //
-// A schedule is {name, microbatches, slices, chains, stageRank, rows}. Times are counted in integer ticks, so that every
+// A schedule is {name, microbatches, slices, chains, synchronous, stageRank, rows}. Times are counted in integer ticks, so that every
 // figure is exact: costs are decimals of at most three places.
 
 const THOUSAND = 1000;
@@ -32,37 +32,10 @@ function build(name, grid, facts) {
     microbatches: grid.microbatches,
     slices: facts.sliced ? grid.chunks : 1,
     chains: facts.chains,
+    synchronous: facts.synchronous,
     stageRank: placements[facts.placement](grid),
     rows: rules[name](grid),
   };
-}
-
-// Reads the text form, as `pipekern schedule show` prints it; throws an Error that names the fault.
-function parse(text) {
-  const [head = "", ...lines] = text.split(/\r?\n/).filter((line) => !line.startsWith("#"));
-  const form = /^pipekern-schedule name=(.+) microbatches=(\d+) stage_rank=(\d+(?:,\d+)*)(?: chains=(\d+))?(?: slices=(\d+))?( asynchronous)?$/;
-  const match = head.match(form);
-  if (!match) throw new Error(`the first line is not “pipekern-schedule name=… microbatches=… stage_rank=…”`);
-  const stageRank = match[3].split(",").map(Number);
-  const rows = lines.slice(0, Math.max(...stageRank) + 1).map((line) => line.split(/\s+/).filter(Boolean).flatMap(parseWord));
-  const [microbatches, chains, slices] = [match[2], match[4] ?? 1, match[5] ?? 1].map(Number);
-  const depth = stageRank.length / chains;
-  for (const { op, stage, microbatch } of rows.flat()) {
-    const first = Math.floor((microbatch * chains) / (microbatches * slices)) * depth;
-    if (stage < first || stage >= first + depth || microbatch >= microbatches * slices)
-      throw new Error(`${stage}${op}${microbatch}: there is no such stage or micro-batch`);
-  }
-  return { name: match[1], microbatches, chains, slices, stageRank, rows, synchronous: !match[6] };
-}
-
-function parseWord(word) {
-  const parts = word.split("&");
-  return parts.map((part, index) => {
-    const match = part.match(/^(\d+)(BW|F|B|W)(\d+)$/);
-    if (!match) throw new Error(`“${part}” is not an action; write stage, F, B, W or BW, micro-batch: 1BW0`);
-    const one = action(match[2], Number(match[1]), Number(match[3]));
-    return index < parts.length - 1 ? { ...one, paired: true } : one;
-  });
 }
 
 // The number of stages into which each stage's rank has cut its share of the model.
@@ -94,7 +67,7 @@ function simulate(schedule, given) {
     schedule.rows.forEach((row, rank) => {
       for (let index = position[rank]; index < row.length; index = position[rank]) {
         const group = row[index].paired && index + 1 < row.length ? [row[index], row[index + 1]] : [row[index]];
-        if (!group.every((one) => state.ready(one))) break;
+        if (group.some((one) => state.missing(one))) break;
         const start = Math.max(state.clock[rank], ...group.map((one) => state.arrival(one, rank)));
         const sum = group.reduce((total, one) => total + costs[one.op][one.stage], 0);
         const end = start + (pair && group.length > 1 ? pair[group[0].stage] : sum);
@@ -108,14 +81,22 @@ function simulate(schedule, given) {
       }
     });
   }
-  refuseDeadlock(schedule, position);
+  refuseDeadlock(schedule, position, state);
   return { ...figures(state, spans, scale), ...memory(schedule, spans, given.kept), messages: state.messages, spans, scale };
 }
 
-function refuseDeadlock({ rows }, position) {
-  const stuck = rows.flatMap((row, rank) => (position[rank] < row.length ? [{ rank, ...row[position[rank]] }] : []));
-  if (stuck.length)
-    throw new Error(`deadlock: ${stuck.map(({ rank, op, stage, microbatch }) => `rank ${rank} waits at ${stage}${op}${microbatch}`).join(", ")}`);
+function refuseDeadlock({ rows }, position, state) {
+  const word = ({ op, stage, microbatch }) => `${stage}${op}${microbatch}`;
+  const all = rows.flat();
+  const faults = rows.flatMap((row, rank) => {
+    const at = position[rank];
+    if (at === row.length) return [];
+    const need = state.missing(row[at]) ?? state.missing(row[at + 1]);
+    const maker = all.find(({ op, stage, microbatch }) => op[0] === need.op && stage === need.stage && microbatch === need.microbatch);
+    const wanted = maker ? word(maker) : `${word(need)}, which no rank runs`;
+    return [`rank ${rank} stuck at ${word(row[at])} (instruction ${at}): waits for ${wanted}`];
+  });
+  if (faults.length) throw new Error(`schedule deadlocks: ${faults.join("; ")}`);
 }
 
 // When each output and gradient is made, and what an action waits for.
@@ -129,17 +110,18 @@ function results({ stageRank, chains, slices, microbatches }) {
     if (op === "F") return stage % depth ? stage - 1 : null;
     return op === "W" || (stage + 1) % depth === 0 ? null : stage + 1;
   };
+  const needs = (one) => {
+    const { op, stage, microbatch } = one;
+    if (op === "W") return [action("B", stage, microbatch)];
+    const [kind, from] = [op === "F" ? "F" : "B", source(one)];
+    const found = op === "F" ? [] : [action("F", stage, microbatch)];
+    if (from !== null) found.push(action(kind, from, microbatch));
+    const slice = op === "F" ? microbatch - 1 : microbatch + 1;
+    if ((op === "F" ? microbatch : slice) % slices) found.push(action(kind, stage, slice));
+    return found;
+  };
   return {
-    ready(one) {
-      const { op, stage, microbatch } = one;
-      if (op === "W") return gradient.has(at(stage, microbatch));
-      const made = op === "F" ? output : gradient;
-      const from = source(one);
-      const own = op === "F" || output.has(at(stage, microbatch));
-      const slice = op === "F" ? microbatch - 1 : microbatch + 1;
-      const waits = slices > 1 && (op === "F" ? microbatch % slices : slice % slices);
-      return own && (from === null || made.has(at(from, microbatch))) && (!waits || made.has(at(stage, slice)));
-    },
+    missing: (one) => needs(one).find(({ op, stage, microbatch }) => !(op === "F" ? output : gradient).has(at(stage, microbatch))),
     arrival(one, rank) {
       const from = source(one);
       if (from === null || stageRank[from] === rank) return 0;

@@ -1,7 +1,7 @@
 // What the reader has chosen, as values and as the part of the address after #, and what follows from it.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const FACTS = Object.fromEntries(Object.entries(DATA.schedules).filter(([name]) => name in rules));
+const FACTS = DATA.schedules; // what each schedule is, from pipekern's registry
 const OWN = "own"; // a schedule in the text form that is pasted or opened here
 const GIVEN = DATA.texts.map(parse); // those in the text form that came with the page, chosen as own0, own1, …
 
@@ -76,12 +76,16 @@ function factsOf(schedule) {
   const whole = schedule.rows.flat().every(({ op, paired }) => (op === "F" || op === "BW") && !paired);
   const { synchronous, chains, slices } = schedule;
   return {
-    about: "Read from its text form: its sizes are its own.",
     synchronous,
     duplicates_weights: chains > 1 || !synchronous,
     runnable: whole && chains === 1 && slices === 1 && synchronous,
     sliced: slices > 1,
   };
+}
+
+function resultOf(state) {
+  const found = scheduleOf(state);
+  return { ...found, result: simulate(found.schedule, costsOf(state)) };
 }
 
 const costsOf = ({ F, B, W, c, pair, kept }) => ({ forward: F, backward: B, weight: W, comm: c, pair, kept });
@@ -98,13 +102,4 @@ function commandOf(state, { schedule, grid, facts }) {
   if (state.kept !== 1) words.push(`--kept ${state.kept}`);
   if (state.pair !== null && schedule.rows.flat().some(({ paired }) => paired)) words.push(`--pair ${state.pair}`);
   return words.join(" ");
-}
-
-// The text form, which pipekern reads back.
-function textOf(schedule, { synchronous }) {
-  const { name, microbatches, stageRank, chains, slices, rows } = schedule;
-  const head = `pipekern-schedule name=${name} microbatches=${microbatches} stage_rank=${stageRank.join(",")}`;
-  const marks = (chains > 1 ? ` chains=${chains}` : "") + (slices > 1 ? ` slices=${slices}` : "") + (synchronous ? "" : " asynchronous");
-  const lines = rows.map((row) => row.map(({ op, stage, microbatch, paired }) => `${stage}${op}${microbatch}${paired ? "&" : " "}`).join("").trimEnd());
-  return [head + marks, ...lines].join("\n") + "\n";
 }

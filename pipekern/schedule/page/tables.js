@@ -14,7 +14,7 @@ function element(tag, attributes = {}, ...children) {
   made.append(...children);
   return made;
 }
-const SVG_SPACE = document.createElementNS("http://www.w3.org/2000/svg", "svg").namespaceURI;
+const SVG_SPACE = "http://www.w3.org/2000/svg"; // a name, at which nothing is asked
 const fillIn = (id, children) => document.getElementById(id).replaceChildren(...children);
 
 function showFigures(result, facts, limit) {
@@ -51,33 +51,37 @@ function showRanks(schedule, result) {
   fillIn("ranks", [element("thead", {}, line("th")(head)), element("tbody", {}, ...rows.map(line("td")))]);
 }
 
-// Every schedule at the same values, by bubble; one that does not take them says what it takes.
-function everySchedule(state) {
+// Every schedule at the same values, and one from a text form that is shown, by bubble; one that does not take the values
+// says what it takes.
+function everySchedule(state, now) {
+  const own = state.schedule.startsWith(OWN);
+  const sizes = own ? { p: now.grid.ranks, m: now.grid.microbatches } : {};
   const rows = Object.keys(FACTS).map((name) => {
-    const found = scheduleOf({ ...state, schedule: name, v: FACTS[name].chunks.least, limit: null });
+    const found = scheduleOf({ ...state, ...sizes, schedule: name, v: FACTS[name].chunks.least, limit: null });
     const misfits = found.notes.filter(({ what }) => what !== "chunks");
     if (misfits.length) return { name, why: misfits.map(({ what, why }) => `${what}: ${why}`).join("; ") };
-    const { bubble, spanBubble, makespan, peaks } = simulate(found.schedule, costsOf(state));
-    return { name, bubble, spanBubble, makespan, peak: Math.max(...peaks) };
+    return lineOf(name, simulate(found.schedule, costsOf(state)));
   });
+  if (own) rows.push({ ...lineOf(now.schedule.name, now.result), own: true });
   rows.sort((one, other) => (one.why ? 1 : 0) - (other.why ? 1 : 0) || one.bubble - other.bubble || one.peak - other.peak);
   return rows.map((row, index) => ({ ...row, index: index + 1 }));
 }
 
-function showAll(state, choose) {
-  const rows = everySchedule(state);
+const lineOf = (name, { bubble, spanBubble, makespan, peaks }) => ({ name, bubble, spanBubble, makespan, peak: Math.max(...peaks) });
+
+function showAll(state, now, choose) {
+  const rows = everySchedule(state, now).map((row) => ({ ...row, now: row.own ?? row.name === state.schedule }));
   const head = ["", "schedule", "bubble", "by span", "peak", "makespan, µs"];
   const most = Math.max(...rows.map(({ bubble }) => bubble ?? 0), 1e-9);
   const line = (row) => {
-    const name = element("button", { type: "button", onclick: () => choose(row.name) }, row.name);
+    const name = row.own ? row.name : element("button", { type: "button", onclick: () => choose(row.name) }, row.name);
     const cells = row.why
       ? [element("td", { colspan: 4, class: "why" }, row.why)]
       : [
           element("td", {}, element("span", { class: "share-of", style: `--part: ${(100 * row.bubble) / most}%` }), percent(row.bubble)),
           ...[percent(row.spanBubble), number(row.peak), number(row.makespan)].map((text) => element("td", {}, text)),
         ];
-    const now = row.name === state.schedule ? { class: "now" } : {};
-    return element("tr", now, element("td", {}, row.why ? "" : String(row.index)), element("td", {}, name), ...cells);
+    return element("tr", row.now ? { class: "now" } : {}, element("td", {}, row.why ? "" : String(row.index)), element("td", {}, name), ...cells);
   };
   const titles = element("tr", {}, ...head.map((text) => element("th", {}, text)));
   fillIn("all", [element("thead", {}, titles), element("tbody", {}, ...rows.map(line))]);
@@ -108,15 +112,16 @@ function scatter(rows, state, choose) {
     const key = `${Math.round(x(row.peak) / 12)} ${Math.round(y(row.bubble) / 12)}`;
     places.set(key, [...(places.get(key) ?? []), row]);
   }
-  for (const group of places.values()) parts.push(dot(group, [x(group[0].peak), y(group[0].bubble)], state, choose, text));
+  for (const group of places.values()) parts.push(dot(group, [x(group[0].peak), y(group[0].bubble)], choose, text));
   return element("svg:svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Bubble against peak memory; the same figures are in the table" }, ...parts);
 }
 
-function dot(group, at, state, choose, text) {
+function dot(group, at, choose, text) {
   const names = group.map(({ index }) => index).join(" ");
-  const now = group.some(({ name }) => name === state.schedule) ? " now" : "";
+  const now = group.some((row) => row.now) ? " now" : "";
   const half = Math.max(9, 4 + 3.4 * names.length);
   const shape = element("svg:rect", { x: at[0] - half, y: at[1] - 9, width: 2 * half, height: 18, rx: 9, class: `dot${now}` });
   const title = element("svg:title", {}, group.map(({ name, bubble, peak }) => `${name}: bubble ${percent(bubble)}, peak ${number(peak)}`).join("\n"));
-  return element("svg:g", { onclick: () => choose(group[0].name) }, title, shape, text([at[0], at[1] + 4], names, { "text-anchor": "middle" }));
+  const target = group.find((row) => !row.own);
+  return element("svg:g", { onclick: () => target && choose(target.name) }, title, shape, text([at[0], at[1] + 4], names, { "text-anchor": "middle" }));
 }
