@@ -41,6 +41,8 @@ ForkGuard::ForkGuard(std::function<void()> in_child) : in_child_(std::move(in_ch
     all.guards.push_back(this);
 }
 
+ForkPause::ForkPause() : lock_(registry().mutex) {}
+
 ForkGuard::~ForkGuard() {
     Registry& all = registry();
     const std::lock_guard lock(all.mutex);

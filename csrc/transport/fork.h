@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <mutex>
 
 namespace pipekern {
 
@@ -17,6 +18,16 @@ class ForkGuard {
 
   private:
     std::function<void()> in_child_;
+};
+
+// While it lives, no fork() of this process goes on: for the moments between opening a descriptor and keeping it where
+// a guard finds it.
+class ForkPause {
+  public:
+    ForkPause();
+
+  private:
+    std::unique_lock<std::mutex> lock_;
 };
 
 }  // namespace pipekern

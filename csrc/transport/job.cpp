@@ -20,12 +20,13 @@ Job::Job(int rank, int world, const std::string& token, std::int64_t timeout_ns,
       timeout_ns_(timeout_ns),
       observer_(std::move(observer)),
       listener_(listen_abstract(socket_name(token, rank), world)),
+      peers_(static_cast<std::size_t>(world)),
       guard_([this] { become_child(); }) {}
 
 Job::~Job() { watcher_.reset(); }
 
 void Job::connect() {
-    peers_ = connect_mesh(listener_, token_, rank_, world_, timeout_ns_, [this] { observer_->slice(); });
+    connect_mesh(peers_, listener_, token_, rank_, timeout_ns_, [this] { observer_->slice(); });
     listener_.close();
     exchange_ = std::make_unique<Exchange>(rank_, peers_);
     share_page();
@@ -37,13 +38,26 @@ void Job::connect() {
 void Job::share_page() {
     const std::size_t bytes = Page::size(world_);
     if (rank_ != 0) {
-        page_ = std::make_unique<Page>(take(0, Frame::kPage, 0, "the job's page"), rank_, world_);
+        page_ = std::make_unique<Page>(take_page(), rank_, world_);
         return;
     }
     auto memory = Memory::create(bytes);
     page_ = std::make_unique<Page>(memory, rank_, world_);
     for (int peer = 1; peer < world_; ++peer) exchange_->pass(peer, {Frame::kPage, 0, 0, kVersion, bytes}, memory);
     memory->drop_fd();
+}
+
+std::shared_ptr<Memory> Job::take_page() {
+    // Rank 0 passes it once all have connected, for which they have timeout_ns_.
+    for (const std::int64_t deadline = now_ns() + timeout_ns_;;) {
+        if (auto memory = exchange_->take(0, Frame::kPage, 0, 0)) return memory;
+        if (now_ns() > deadline)
+            throw Failure(Fault::kTransport, 0,
+                          rank_name(rank_) + " has waited " + std::to_string(timeout_ns_ / kSecond) +
+                              " s for rank 0, which waits for other ranks or has failed: see there");
+        observer_->slice();
+        exchange_->wait(0, kSlice);
+    }
 }
 
 void Job::abort(const std::string& text) {
@@ -55,6 +69,12 @@ void Job::close() {
     if (!usable_.exchange(false)) return;
     page_->set_state(Page::kClosed);  // first: what hangs up afterwards is no death
     watcher_.reset();
+    const ForkPause pause;
+    close_sockets();
+}
+
+void Job::close_sockets() {
+    listener_.close();
     for (Peer& peer : peers_) {
         peer.socket.close();
         peer.pidfd.close();
@@ -64,11 +84,7 @@ void Job::close() {
 void Job::become_child() {
     session_->inherited.store(true);
     usable_.store(false);
-    listener_.close();
-    for (Peer& peer : peers_) {
-        peer.socket.close();
-        peer.pidfd.close();
-    }
+    close_sockets();
     if (watcher_) watcher_->disown();
 }
 
@@ -82,30 +98,12 @@ void Job::raise_unusable() const {
         page_ ? rank_name(rank_) + " has closed its pipeline: open a new one" : "the job is not connected yet");
 }
 
-void Job::check_open(int peer, const std::string& waits_for) const {
-    if (peer == rank_ || page_->state(peer) != Page::kClosed) return;
+void Job::fail_closed(const Awaited& what) const {
     // Told to every rank: its neighbours have nothing to wait for either, and must name the same rank.
-    page_->abort(Fault::kDied, peer,
-                 rank_name(peer) + " has closed its pipeline, and " + rank_name(rank_) + " waits for " + waits_for +
-                     " from it; every rank must take the same number of steps before it closes");
+    page_->abort(Fault::kDied, what.peer,
+                 rank_name(what.peer) + " has closed its pipeline, and " + rank_name(rank_) + " waits for " +
+                     describe(what) + "; every rank must take the same number of steps before it closes");
     page_->check();
-}
-
-std::shared_ptr<Memory> Job::take(int peer, Frame::Kind kind, std::uint32_t number, const std::string& what) {
-    const std::int64_t deadline = now_ns() + timeout_ns_;
-    for (;;) {
-        if (auto memory = exchange_->take(peer, kind, number, 0)) return memory;
-        if (page_) {
-            page_->check();
-            check_open(peer, what);
-        }
-        if (now_ns() > deadline)
-            throw Failure(Fault::kTransport, peer,
-                          rank_name(rank_) + " has waited " + std::to_string(timeout_ns_ / kSecond) + " s for " + what +
-                              " from " + rank_name(peer) + ": do both ranks open the same links?");
-        observer_->slice();
-        exchange_->wait(peer, kSlice);
-    }
 }
 
 void Job::pass(int peer, const Frame& frame, const std::shared_ptr<Memory>& memory) {

@@ -56,11 +56,11 @@ class Job {
     int world() const { return world_; }
     std::int64_t timeout_ns() const { return timeout_ns_; }
 
-    // Raises PeerDied when `peer` has left in peace and so will neither send nor free a slot.
-    void check_open(int peer, const std::string& waits_for) const;
+    // Whether `peer` has left in peace, and so will neither send nor free a slot.
+    bool has_closed(int peer) const { return peer != rank_ && page_->state(peer) == Page::kClosed; }
+    // Makes every rank raise PeerDied: this one waits for what such a peer will not do.
+    void fail_closed(const Awaited& what) const;
 
-    // The memory that `peer` passes; waits for it.
-    std::shared_ptr<Memory> take(int peer, Frame::Kind kind, std::uint32_t number, const std::string& what);
     // Passes memory; waits while the socket is full, and takes in what comes meanwhile.
     void pass(int peer, const Frame& frame, const std::shared_ptr<Memory>& memory);
 
@@ -68,6 +68,8 @@ class Job {
     [[noreturn]] void raise_unusable() const;
     void become_child();
     void share_page();
+    std::shared_ptr<Memory> take_page();
+    void close_sockets();
 
     const int rank_;
     const int world_;

@@ -5,6 +5,7 @@
 
 #include "transport/clock.h"
 #include "transport/error.h"
+#include "transport/fork.h"
 #include "transport/header.h"
 #include "transport/socket.h"
 
@@ -48,13 +49,14 @@ std::string missing(const std::vector<Peer>& peers, int rank) {
 
 std::string socket_name(const std::string& token, int rank) { return "pipekern-" + token + "-" + std::to_string(rank); }
 
-std::vector<Peer> connect_mesh(const Fd& listener, const std::string& token, int rank, int world,
-                               std::int64_t timeout_ns, const std::function<void()>& slice) {
-    std::vector<Peer> peers(static_cast<std::size_t>(world));
+void connect_mesh(std::vector<Peer>& peers, const Fd& listener, const std::string& token, int rank,
+                  std::int64_t timeout_ns, const std::function<void()>& slice) {
+    const int world = static_cast<int>(peers.size());
     const Frame hello{Frame::kHello, static_cast<std::uint32_t>(rank), 0, kVersion, 0};
 
     // 1. Connect to the lower ranks; their backlogs hold all of us, so nobody waits here.
     for (int other = 0; other < rank; ++other) {
+        const ForkPause pause;
         Peer peer = identify(connect_abstract(socket_name(token, other)));
         if (!peer.socket)
             throw Failure(Fault::kTransport, other,
@@ -73,6 +75,7 @@ std::vector<Peer> connect_mesh(const Fd& listener, const std::string& token, int
                               " s for a connection of " + missing(peers, rank) +
                               "; see there why it did not come, or give more time with timeout=");
         if (!poll_socket(listener, POLLIN, kSlice)) continue;
+        const ForkPause pause;
         Fd socket = accept_from(listener);
         if (!socket) continue;
         Peer peer = identify(std::move(socket));
@@ -82,7 +85,6 @@ std::vector<Peer> connect_mesh(const Fd& listener, const std::string& token, int
         peers[static_cast<std::size_t>(other)] = std::move(peer);
         --left;
     }
-    return peers;
 }
 
 }  // namespace pipekern

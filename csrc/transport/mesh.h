@@ -20,9 +20,10 @@ struct Peer {
 
 std::string socket_name(const std::string& token, int rank);
 
-// Connects rank `rank`, which listens on `listener`, with all others, which must have bound their sockets by now.
-// Peers of another user are turned away. Calls `slice` at least every 100 ms; raises when `timeout_ns` is over.
-std::vector<Peer> connect_mesh(const Fd& listener, const std::string& token, int rank, int world,
-                               std::int64_t timeout_ns, const std::function<void()>& slice);
+// Connects rank `rank`, which listens on `listener`, with all others, which must have bound their sockets by now, and
+// fills `peers`, one entry a rank. Peers of another user are turned away. Calls `slice` at least every 100 ms; raises
+// when `timeout_ns` is over.
+void connect_mesh(std::vector<Peer>& peers, const Fd& listener, const std::string& token, int rank,
+                  std::int64_t timeout_ns, const std::function<void()>& slice);
 
 }  // namespace pipekern

@@ -91,20 +91,26 @@ std::vector<Stall> Page::stalls(std::int64_t now) const {
     std::vector<Stall> all;
     for (int rank = 0; rank < world_; ++rank)
         if (state(rank) == kRunning && waits(rank, now))
-            all.push_back({rank, record(rank).since_ns.load(std::memory_order_acquire), describe(record(rank))});
+            all.push_back({rank, record(rank).since_ns.load(std::memory_order_acquire), describe_record(record(rank))});
     return all;
 }
 
-std::string Page::describe(const Record& other) const {
+std::string Page::describe_record(const Record& other) {
     std::uint64_t words[kNameWords];
     for (std::size_t i = 0; i < kNameWords; ++i) words[i] = other.name[i].load(std::memory_order_relaxed);
-    const char* name = reinterpret_cast<const char*>(words);
-    const std::string link = "link '" + std::string(name, strnlen(name, sizeof words)) + "'";
-    const std::string peer = "rank " + std::to_string(other.peer.load(std::memory_order_relaxed));
-    const std::string tag = "tag " + std::to_string(other.tag.load(std::memory_order_relaxed));
-    if (other.kind.load(std::memory_order_relaxed) == Awaited::kSlot)
-        return "a free slot for the message with " + tag + " on " + link + " to " + peer;
-    return "the message with " + tag + " on " + link + " from " + peer;
+    const char* text = reinterpret_cast<const char*>(words);
+    const std::string name(text, strnlen(text, sizeof words));
+    return describe(Awaited{static_cast<Awaited::Kind>(other.kind.load(std::memory_order_relaxed)),
+                            other.peer.load(std::memory_order_relaxed), other.tag.load(std::memory_order_relaxed),
+                            &name});
+}
+
+std::string describe(const Awaited& what) {
+    const std::string rank = "rank " + std::to_string(what.peer);
+    const std::string link = "link '" + *what.link + "'";
+    if (what.kind == Awaited::kLink) return rank + " to open " + link;
+    const std::string message = "the message with tag " + std::to_string(what.tag) + " on " + link;
+    return what.kind == Awaited::kSlot ? "a free slot for " + message + " to " + rank : message + " from " + rank;
 }
 
 }  // namespace pipekern

@@ -13,9 +13,9 @@
 
 namespace pipekern {
 
-// What a rank waits for: a message from `peer`, or a free slot at `peer`.
+// What a rank waits for: a message from `peer`, a free slot at `peer`, or that `peer` opens the link.
 struct Awaited {
-    enum Kind : std::uint32_t { kMessage = 0, kSlot = 1 };
+    enum Kind : std::uint32_t { kMessage = 0, kSlot = 1, kLink = 2 };
 
     Kind kind;
     int peer;
@@ -23,11 +23,14 @@ struct Awaited {
     const std::string* link;
 };
 
+// "the message with tag 3 on link '0>1' from rank 0"
+std::string describe(const Awaited& what);
+
 // One rank's stall, as the others see it.
 struct Stall {
     int rank;
     std::int64_t since_ns;
-    std::string what;  // "a message with tag 3 on link '0>1' from rank 0"
+    std::string what;  // as describe() says it
 };
 
 class Page {
@@ -91,7 +94,7 @@ class Page {
     Record& mine() { return record(rank_); }
     [[noreturn]] void raise() const;
     void clear_stall();
-    std::string describe(const Record& record) const;
+    static std::string describe_record(const Record& record);
 
     std::shared_ptr<Memory> memory_;
     int rank_;

@@ -3,14 +3,29 @@
 #include <algorithm>
 #include <string>
 
+#include "transport/clock.h"
 #include "transport/wait.h"
 
 namespace pipekern {
 namespace {
 
+std::shared_ptr<Memory> wait_for_control(Job& job, const LinkName& link, int source) {
+    std::shared_ptr<Memory> memory;
+    const auto ready = [&] {
+        if (!memory) memory = job.exchange().take(source, Frame::kControl, link.number, 0);
+        return memory != nullptr;
+    };
+    for (Patience patience(job, {Awaited::kLink, source, 0, &link.name}, now_ns());; job.observer().slice()) {
+        patience.check(now_ns(), ready);
+        if (ready()) break;
+        job.exchange().wait(source, 50 * kMillisecond);
+    }
+    job.page().progress();
+    return memory;
+}
+
 std::shared_ptr<const Ring> take_control(Job& job, const LinkName& link, int source) {
-    job.check();
-    auto memory = job.take(source, Frame::kControl, link.number, "link '" + link.name + "'");
+    auto memory = wait_for_control(job, link, source);
     auto ring = std::make_shared<const Ring>(std::move(memory), link.slots, job.session());
     if (!ring->signed_as(link))
         throw Failure(Fault::kTransport, source,
@@ -73,15 +88,15 @@ std::shared_ptr<Arrival> Receiver::take(std::uint64_t tag) {
 }
 
 void Receiver::check_header(const Header& header, std::uint64_t tag) const {
-    const std::string place = "link '" + link_.name + "' from rank " + std::to_string(source_);
     const bool sane =
         header.magic == kMagic && header.version == kVersion && header.dtype < kDtypeCount && header.ndim <= kMaxDims &&
         ((header.flags & kBundle) ? header.descriptor <= header.bytes : announced_bytes(header) == header.bytes);
+    if (sane && header.tag == tag) return;
+    const std::string place = "link '" + link_.name + "' from rank " + std::to_string(source_);
     if (!sane) throw Failure(Fault::kTransport, source_, "a message on " + place + " has a damaged header");
-    if (header.tag != tag)
-        throw Failure(Fault::kMismatch, source_,
-                      "the message on " + place + " has tag " + std::to_string(header.tag) + ", the program expects " +
-                          std::to_string(tag) + ": the two ranks run different programs");
+    throw Failure(Fault::kMismatch, source_,
+                  "the message on " + place + " has tag " + std::to_string(header.tag) + ", the program expects " +
+                      std::to_string(tag) + ": the two ranks run different programs");
 }
 
 void Receiver::map_generation(std::uint32_t generation) {

@@ -56,8 +56,9 @@ bool Sender::send(const Label& label, const Piece* pieces, std::size_t count) {
 }
 
 bool Sender::refuse(std::uint64_t tag) {
-    job_->check_open(target_, "a free slot on link '" + link_.name + "'");
-    job_->page().stalled({Awaited::kSlot, target_, tag, &link_.name}, now_ns());
+    const Awaited slot{Awaited::kSlot, target_, tag, &link_.name};
+    if (job_->has_closed(target_)) job_->fail_closed(slot);
+    job_->page().stalled(slot, now_ns());
     return false;
 }
 

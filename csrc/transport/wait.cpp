@@ -17,10 +17,6 @@ constexpr std::int64_t kYield = 50 * kMicrosecond;
 constexpr std::int64_t kSlice = 50 * kMillisecond;
 constexpr std::int64_t kNote = 30 * kSecond;
 
-std::string describe(const Awaited& what) {
-    return "the message with tag " + std::to_string(what.tag) + " on link '" + *what.link + "'";
-}
-
 void sleep_slice(std::atomic<std::uint32_t>& sleeping, const std::function<bool()>& ready, std::int64_t limit_ns) {
     // Both sides store first and look second, in one total order: either the look here sees the message, or the
     // sender's look sees the sleeper.
@@ -31,6 +27,20 @@ void sleep_slice(std::atomic<std::uint32_t>& sleeping, const std::function<bool(
 
 }  // namespace
 
+Patience::Patience(Job& job, const Awaited& what, std::int64_t start)
+    : job_(job), what_(what), start_(start), next_note_(start + kNote) {}
+
+void Patience::check(std::int64_t now, const std::function<bool()>& ready) {
+    job_.check();
+    // ready() is looked at after the state: a peer sends before it closes.
+    if (job_.has_closed(what_.peer) && !ready()) job_.fail_closed(what_);
+    job_.page().stalled(what_, now);
+    if (now < next_note_) return;
+    job_.observer().note("rank " + std::to_string(job_.rank()) + " has waited " +
+                         std::to_string((now - start_) / kSecond) + " s for " + describe(what_) + ", which is alive");
+    next_note_ += kNote;
+}
+
 bool wait_for(Job& job, const Awaited& what, std::atomic<std::uint32_t>& sleeping, const std::function<bool()>& ready,
               std::int64_t limit_ns) {
     const std::int64_t start = now_ns();
@@ -40,19 +50,10 @@ bool wait_for(Job& job, const Awaited& what, std::atomic<std::uint32_t>& sleepin
         if (ready()) return true;
         sched_yield();
     }
-    for (std::int64_t next_note = start + kNote;; now = now_ns()) {
-        job.check();
-        const bool closed = what.peer != job.rank() && job.page().state(what.peer) == Page::kClosed;
-        if (ready()) return true;  // looked at after the state: a peer sends before it closes
-        if (closed) job.check_open(what.peer, describe(what));
-        job.page().stalled(what, now);
+    for (Patience patience(job, what, start);; now = now_ns()) {
+        patience.check(now, ready);
+        if (ready()) return true;
         if (over(now)) return false;
-        if (now >= next_note) {
-            job.observer().note("rank " + std::to_string(job.rank()) + " has waited " +
-                                std::to_string((now - start) / kSecond) + " s for " + describe(what) + " from rank " +
-                                std::to_string(what.peer) + ", which is alive");
-            next_note += kNote;
-        }
         sleep_slice(sleeping, ready, limit_ns < 0 ? kSlice : std::min(kSlice, limit_ns - (now - start)));
         if (ready()) return true;
         job.observer().slice();

@@ -27,6 +27,22 @@ bool spin(const Ready& ready) {
     return false;
 }
 
+// A long wait of this rank: tells the others, and every 30 s the log, what it waits for.
+class Patience {
+  public:
+    Patience(Job& job, const Awaited& what, std::int64_t start);
+
+    // To be called at least every 100 ms of the wait. Raises the job's failure, and PeerDied for a peer that has
+    // closed, unless ready().
+    void check(std::int64_t now, const std::function<bool()>& ready);
+
+  private:
+    Job& job_;
+    Awaited what_;
+    std::int64_t start_;
+    std::int64_t next_note_;
+};
+
 // True once ready(), false when `limit_ns` has passed (negative: no limit). `sleeping` is 1 while this thread sleeps;
 // who makes ready() true clears it and wakes. Raises the job's failure, PeerDied for a peer that has closed, and what
 // the observer raises.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import io
+import logging
 import os
 import secrets
 import signal
@@ -160,6 +162,29 @@ def busy_worker(token: str) -> Any:
 
 def test_a_busy_rank_is_waited_for() -> None:
     assert values(launch(busy_worker, 2, secrets.token_hex(16))) == ["done", "done"]
+
+
+def logged_worker(token: str) -> Any:
+    transport = join(token, timeout=5.0)
+    senders, receivers = transport.open(neighbours(2))
+    if rank_of() == 0:
+        time.sleep(31.0)  # a live peer that does something else: what is tested
+        assert senders["0>1"].send(4, "late")
+        barrier("received")
+        return transport.close()
+    log = io.StringIO()
+    logging.getLogger("pipekern").addHandler(logging.StreamHandler(log))
+    assert receive(receivers["0>1"], 4) == "late"
+    barrier("received")
+    transport.close()
+    return log.getvalue().splitlines()
+
+
+@pytest.mark.full
+def test_a_long_wait_is_logged_each_30_seconds() -> None:
+    lines = values(launch(logged_worker, 2, secrets.token_hex(16)))[1]
+    assert len(lines) == 1
+    assert lines[0].startswith("rank 1 has waited 30 s for the message with tag 4 on link '0>1' from rank 0")
 
 
 def closed_worker(token: str) -> Any:

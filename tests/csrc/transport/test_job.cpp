@@ -130,7 +130,7 @@ void closing_is_no_death_but_ends_waits() {
             Sender sender(job, {0, "1>0", 1}, 0);
             while (job->page().state(0) != Page::kClosed) sched_yield();
             CHECK(send(sender, 0, 1));
-            CHECK_RAISES(Fault::kDied, 0, "rank 1 waits for a free slot on link '1>0'", send(sender, 1, 1));
+            CHECK_RAISES(Fault::kDied, 0, "rank 1 waits for a free slot", send(sender, 1, 1));
         }
     });
 }
@@ -144,6 +144,16 @@ void dropping_out_is_a_death() {
         while (!job->page().aborted() && now_ns() - start < 20 * kSecond) sched_yield();
         CHECK_RAISES(Fault::kDied, 1, "rank 1 died", job->check());
     }
+}
+
+// A link that the other side does not open is waited for like a message.
+void a_link_that_nobody_opens() {
+    auto jobs = ranks::connected(2, kSecond / 2);
+    ranks::each(2, [&](int rank) {
+        auto& job = jobs[static_cast<std::size_t>(rank)];
+        CHECK_RAISES(Fault::kTimeout, -1, "for rank 0 to open link 'of 0'",
+                     Receiver(job, {static_cast<std::uint32_t>(rank), "of " + std::to_string(1 - rank), 1}, 1 - rank));
+    });
 }
 
 void links_must_agree() {
@@ -181,6 +191,7 @@ int main() {
     abort_reaches_waits();
     closing_is_no_death_but_ends_waits();
     dropping_out_is_a_death();
+    a_link_that_nobody_opens();
     links_must_agree();
     a_missing_rank_is_named();
 }
