@@ -144,9 +144,10 @@ def free_others(blueprint: Blueprint, keep: set[int]) -> None:
     """Replace the parameters that are not in ``keep`` by ones without memory; tied ones stay tied."""
     units = [unit for stage in blueprint.stages for unit in stage]
     tops = [blueprint.root, *(unit.train for unit in units), *(unit.evaluate for unit in units)]
-    empty: dict[int, nn.Parameter] = {}
+    # By the parameter itself, which so stays alive: an identity may be another's once it is gone.
+    empty: dict[nn.Parameter, nn.Parameter] = {}
     for module in (module for top in tops for module in top.modules()):
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in keep:
                 meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-                module._parameters[name] = empty.setdefault(id(parameter), nn.Parameter(meta, parameter.requires_grad))
+                module._parameters[name] = empty.setdefault(parameter, nn.Parameter(meta, parameter.requires_grad))

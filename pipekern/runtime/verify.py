@@ -114,12 +114,12 @@ def _unsplit(pipe: Pipeline, state: dict[str, Any]) -> nn.Module:
         model: nn.Module = nn.Sequential(*(unit.built().train for unit in units))
     else:
         model = copy.deepcopy(blueprint.root)
-        real: dict[int, nn.Parameter] = {}
+        real: dict[nn.Parameter, nn.Parameter] = {}
         for module in model.modules():
             for name, p in module._parameters.items():
                 if p is not None and p.is_meta:
                     empty = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
-                    module._parameters[name] = real.setdefault(id(p), empty)
+                    module._parameters[name] = real.setdefault(p, empty)
     model.to(device).load_state_dict(state)
     model.zero_grad()
     return model
