@@ -38,11 +38,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-4})
 
     def split(self, stages: int) -> list[int]:
-        """Units a stage. Raises ``ValueError`` where there are fewer units than stages."""
-        costs = self.costs(stages)
-        if len(costs) < stages:
-            raise ValueError(f"{self.name}: {len(costs)} units are too few for {stages} stages")
-        bounds = partition(costs, stages).bounds
+        """Units a stage."""
+        bounds = partition(self.costs(stages), stages).bounds
         return [end - start for start, end in pairwise(bounds)]
 
     def model(self, stages: int) -> nn.Sequential:
@@ -68,14 +65,15 @@ def gpt(width: int, depth: int, length: int, samples: int, microbatches: int, st
 
     def units(_: int) -> list[nn.Module]:
         torch.manual_seed(0)
-        head = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, VOCABULARY, bias=False))
-        return [nn.Embedding(VOCABULARY, width), *(Layer(size) for _ in range(depth)), head]
+        layers = [Layer(size) for _ in range(depth)]
+        head = nn.Linear(width, VOCABULARY, bias=False)
+        return [nn.Embedding(VOCABULARY, width), *layers, nn.RMSNorm(width), head]
 
     tokens = torch.randint(VOCABULARY, (samples * microbatches, length + 1), generator=torch.Generator().manual_seed(1))
     return Case(
         name=f"GPT {width} wide, {depth} layers, {length} tokens, {samples} samples, m={microbatches}",
         units=units,
-        costs=lambda _: [1.0, *(12.0 * width * width,) * depth, float(VOCABULARY * width)],
+        costs=lambda _: [1.0, *(12.0 * width * width,) * depth, 1.0, float(VOCABULARY * width)],
         loss_fn=loss_fn,
         x=tokens[:, :-1].contiguous(),
         y=tokens[:, 1:].contiguous(),

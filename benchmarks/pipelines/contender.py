@@ -28,7 +28,7 @@ class Running(Protocol):
 
 
 class Contender(NamedTuple):
-    """A way to run a case: ``start`` is called on every rank. Raises ``ValueError`` where the case does not fit."""
+    """A way to run a case: ``start`` is called on every rank."""
 
     library: str
     schedule: str
