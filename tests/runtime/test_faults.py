@@ -199,74 +199,6 @@ def test_fault_many_times(kind: str, victim: int, transport: str, tmp_path: Path
         _strike(kind, victim, transport, tmp_path)
 
 
-def _slow(transport: str) -> float:
-    """Rank 1 is five times slower than the deadline, once."""
-    pipe = pk.Pipeline(
-        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), loss_fn=nn.MSELoss(), microbatches=2, timeout=0.5,
-        transport=transport,
-    )  # fmt: skip
-    with pipe:
-        pipe.train_step(*_batch())
-        if os.environ["RANK"] == "1":
-            time.sleep(2.5)  # a slow loader: the process lives, and holds no lock
-        return pipe.train_step(*_batch()).item()
-
-
-@pytest.mark.parametrize("transport", ["shm", "dist"])
-def test_slow_rank_is_waited_for(transport: str) -> None:
-    outcomes = launch(_slow, 2, transport)
-    assert all(outcome.error is None for outcome in outcomes), [outcome.error for outcome in outcomes]
-    assert outcomes[0].value == outcomes[1].value
-
-
-def _frozen(transport: str) -> str:
-    pipe = pk.Pipeline(
-        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), loss_fn=nn.MSELoss(), microbatches=2, timeout=1.0,
-        transport=transport,
-    )  # fmt: skip
-    pipe.train_step(*_batch())
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    try:
-        pipe.train_step(*_batch())
-    except pk.PeerFrozen as error:
-        assert error.rank == 1
-        return str(error)
-    return "nothing"
-
-
-def test_frozen_rank_is_named() -> None:
-    """Stopped, it is alive for the kernel, but says nothing for the whole deadline."""
-    waiting, stopped = launch(_frozen, 2, "shm", timeout=8)
-    assert waiting.error is None, waiting.error
-    assert "rank 1" in waiting.value
-    assert stopped.error is not None
-
-
-def _interrupted() -> str:
-    """Rank 0 gets Ctrl-C while it waits for rank 1."""
-    pipe = pk.Pipeline(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), loss_fn=nn.MSELoss(), microbatches=2)
-    pipe.train_step(*_batch())
-    if os.environ["RANK"] == "0":
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
-    else:
-        time.sleep(1.5)  # not there yet
-    try:
-        pipe.train_step(*_batch())
-    except (KeyboardInterrupt, pk.Aborted) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
-def test_control_c_ends_a_wait_and_the_job() -> None:
-    waiting, other = launch(_interrupted, 2)
-    assert waiting.value.startswith("KeyboardInterrupt"), waiting
-    assert other.value.startswith("Aborted"), other
-    assert "rank 0" in other.value
-    assert "KeyboardInterrupt" in other.value
-
-
 @pytest.mark.parametrize(
     ("kind", "stage"), [("forward", 0), ("forward", 1), ("backward", 0), ("backward", 1), ("loss", 1)]
 )
@@ -292,13 +224,3 @@ def test_in_one_process_the_pipeline_can_be_used_again(kind: str, stage: int, tm
     model.load_state_dict(pipe.state_dict())
     assert abs(loss - reference.step(model, lambda a, b: (a - b).square().mean(), x, y)) <= 1e-12
     assert reference.distance(got, reference.gradients(model)) <= 1e-12
-
-
-def test_closed_pipeline_says_so() -> None:
-    pipe = pk.Pipeline(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), loss_fn=nn.MSELoss(), microbatches=2, ranks=2)
-    pipe.train_step(*_batch())
-    pipe.close()
-    pipe.close()
-    with pytest.raises(pk.TransportError, match=r"closed: close\(\) was called; make a new one"):
-        pipe.train_step(*_batch())
-    assert all(p.grad is not None for p in pipe.parameters())
