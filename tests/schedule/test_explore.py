@@ -33,6 +33,11 @@ def test_every_file_of_the_page_is_in_it() -> None:
         assert explore.source(name).strip() in explore.page(), name
 
 
+def test_every_schedule_has_a_rule() -> None:
+    for name in names():
+        assert re.search(rf'^  "?{re.escape(name)}"?: \(grid\) =>', explore.source("rules.js"), re.MULTILINE), name
+
+
 def test_given_schedules_cannot_break_the_page() -> None:
     schedule = build("1f1b", ranks=2, microbatches=2)
     html = explore.page([Schedule.parse(str(schedule).replace("name=1f1b", "name=</script><b>"))])
@@ -124,6 +129,7 @@ $("text").value = "GOOD";
 $("text").dispatchEvent(new Event("input"));
 seen.own = [figures(), $("fault").hidden];
 seen.given = change({ text: "GOOD".replace("0F0 0BW0", "0BW0 0F0") }) ?? $("fault").textContent;
+seen.garbage = fromHash("#schedule=toString&p=abc&m=-5&F=1e99&constructor=1&limit=&v=3.6&B=%");
 seen.requests = performance.getEntriesByType("resource").map(({ name }) => name);
 return seen;
 """.replace("GOOD", GOOD.replace("\n", "\\n"))
@@ -175,6 +181,8 @@ def test_picture_keys_and_a_schedule_of_ones_own(tmp_path: Path) -> None:
         "",
     ]
     assert seen["zoomed"] == ["1.5×", True]
+    garbage = {"schedule": "1f1b", "p": 4, "m": 1, "v": 4, "F": 1e7, "B": 1, "limit": None, "text": ""}
+    assert garbage.items() <= seen["garbage"].items() and len(seen["garbage"]) == 12
     assert seen["limited"][1] == "7 activations"
     assert seen["empty"] == ["Paste a schedule in the text form, or open a file.", False]
     assert seen["own"][1] and seen["own"][0]["schedule"] == "x"

@@ -3,8 +3,8 @@
 const PERIOD = 6;
 const LOOK_AHEAD = 2 * PERIOD;
 
-// The block of every rank repeated; `starts(ranks, rank)` are the steps of the first F0, F1, B1 and B0. Then filled twice
-// within the memory that this takes: from the end backwards, and from the start forwards.
+// The block of every rank repeated; `starts(ranks, rank)` are the steps of the first F0, F1, B1 and B0. Then filled
+// twice within the memory that this takes: from the end backwards, and from the start forwards.
 function repeatedBlock(grid, starts) {
   const rows = everyRank(grid, (rank) => blockRow(grid, rank, starts(grid.ranks, rank)));
   const cap = Math.max(...rows.map(mostHeld));
@@ -20,10 +20,16 @@ function repeatedBlock(grid, starts) {
 
 function blockRow({ ranks, microbatches }, rank, starts) {
   const [there, back] = [rank, 2 * ranks - 1 - rank];
-  const kinds = [["F", there], ["F", back], ["B", back], ["B", there]];
+  const kinds = [
+    ["F", there],
+    ["F", back],
+    ["B", back],
+    ["B", there],
+  ];
   const steps = new Map();
   kinds.forEach(([op, stage], index) => {
-    for (const microbatch of range(microbatches)) steps.set(starts[index] + PERIOD * microbatch, action(op, stage, microbatch));
+    for (const microbatch of range(microbatches))
+      steps.set(starts[index] + PERIOD * microbatch, action(op, stage, microbatch));
   });
   const [row, weights] = [[], []];
   for (const step of range(Math.max(...steps.keys()) + 1)) {
@@ -53,8 +59,8 @@ function inputs({ op, stage, microbatch }, last) {
   return stage < last ? [own, action("B", stage + 1, microbatch)] : [own];
 }
 
-// Unit steps; in each, every rank runs the first of its next actions that can run and keeps within the cap. `grows` is the
-// operation that takes memory and `shrinks` the one that gives it back: backwards in time these are W and F.
+// Unit steps; in each, every rank runs the first of its next actions that can run and keeps within the cap. `grows`
+// is the operation that takes memory and `shrinks` the one that gives it back: backwards in time these are W and F.
 function fill(rows, { needs, key, cap, grows, shrinks }) {
   const change = (one) => (one.op === grows) - (one.op === shrinks);
   const left = rows.map((row) => [...row]);
@@ -86,8 +92,8 @@ function fill(rows, { needs, key, cap, grows, shrinks }) {
   return out;
 }
 
-// Hanayo: at BW = 2F, whoever is free takes the oldest backward it has, else the oldest forward. A micro-batch that leaves
-// lets another one in, where memory caps those that are on their way.
+// Hanayo: at BW = 2F, whoever is free takes the oldest backward it has, else the oldest forward. A micro-batch that
+// leaves lets another one in, where memory caps those that are on their way.
 function oldestFirst(grid) {
   const stageRank = placements.zigzag(grid);
   const [last, limit] = [stageRank.length - 1, Math.floor(Math.min(grid.memory, grid.microbatches))];

@@ -10,12 +10,29 @@ const picture = new Picture($("picture"), $("ground"), $("canvas"));
 // A slider and a number for every value.
 function addControls() {
   for (const [key, { label, group, open, low, high, step }] of Object.entries(VALUES)) {
-    const slider = element("input", { type: "range", id: key, min: low, max: high ?? low, step: step ?? (WHOLE.includes(key) ? 1 : "any") });
-    const box = element("input", { type: "number", min: low, step: WHOLE.includes(key) ? 1 : "any", "aria-label": label, placeholder: open ?? "" });
+    const slider = element("input", {
+      type: "range",
+      id: key,
+      min: low,
+      max: high ?? low,
+      step: step ?? (WHOLE.includes(key) ? 1 : "any"),
+    });
+    const box = element("input", {
+      type: "number",
+      min: low,
+      step: WHOLE.includes(key) ? 1 : "any",
+      "aria-label": label,
+      placeholder: open ?? "",
+    });
     slider.addEventListener("input", () => change({ [key]: fromSlider(key, slider) }));
     box.addEventListener("input", () => box.validity.valid && (box.value || open) && change({ [key]: box.value }, box));
     box.addEventListener("change", () => render());
-    const name = element("label", { for: key }, element("b", {}, label), ` ${key === "limit" || key === "pair" || key === "kept" ? "" : key}`);
+    const name = element(
+      "label",
+      { for: key },
+      element("b", {}, label),
+      ` ${key === "limit" || key === "pair" || key === "kept" ? "" : key}`,
+    );
     $(group).append(element("div", { class: "control", "data-key": key }, name, slider, box));
   }
 }
@@ -40,8 +57,12 @@ let scaleEnd = 5;
 const niceEnd = (value) => niceStep(Math.max(value * 2.5, 0.05));
 
 function addChoices() {
-  const group = (label, names) => element("optgroup", { label }, ...names.map(([value, text]) => element("option", { value }, text)));
-  const known = (runnable) => Object.keys(FACTS).filter((name) => FACTS[name].runnable === runnable).map((name) => [name, name]);
+  const group = (label, names) =>
+    element("optgroup", { label }, ...names.map(([value, text]) => element("option", { value }, text)));
+  const known = (runnable) =>
+    Object.keys(FACTS)
+      .filter((name) => FACTS[name].runnable === runnable)
+      .map((name) => [name, name]);
   const given = GIVEN.map(({ name }, index) => [`${OWN}${index}`, `${name} (${index + 1})`]);
   const groups = [group("pipekern can train with", known(true)), group("simulated only", known(false))];
   if (given.length) groups.unshift(group("given", given));
@@ -49,7 +70,9 @@ function addChoices() {
   $("schedule").addEventListener("change", () => change({ schedule: $("schedule").value }));
   $("text").addEventListener("input", () => change({ text: $("text").value }));
   $("file").addEventListener("change", async () => change({ text: await $("file").files[0].text() }));
-  const presets = PRESETS.map(({ name, values }) => element("button", { type: "button", onclick: () => change(values) }, name));
+  const presets = PRESETS.map(({ name, values }) =>
+    element("button", { type: "button", onclick: () => change(values) }, name),
+  );
   document.querySelector(".presets").append(...presets);
 }
 
@@ -58,14 +81,15 @@ function change(values, typing = null) {
   render(typing);
 }
 
-// Everything follows from the state. `typing` is the box that has the cursor, whose text is left alone. What is at fault
-// leaves the last picture that could be made, faded.
+// Everything follows from the state. `typing` is the box that has the cursor, whose text is left alone. What is at
+// fault leaves the last picture that could be made, faded.
 function render(typing = null) {
   let fault = "";
   try {
     now = resultOf(state);
   } catch (error) {
-    fault = state.schedule === OWN && !state.text ? "Paste a schedule in the text form, or open a file." : error.message;
+    fault =
+      state.schedule === OWN && !state.text ? "Paste a schedule in the text form, or open a file." : error.message;
     now ??= resultOf(initial());
   }
   $("fault").hidden = !fault;
@@ -107,14 +131,31 @@ function showControls(typing) {
   hide("v", !own && facts.chunks.least === facts.chunks.most);
   hide("pair", !now.schedule.rows.flat().some(({ paired }) => paired));
   document.querySelector('[data-key="v"] b').textContent = facts.sliced ? "Slices a micro-batch" : VALUES.v.label;
-  fillIn("notes", notes.map(({ what, value, why }) => element("li", {}, `${NAMES[what]} ${value} shown: ${now.schedule.name} takes ${why}`)));
+  fillIn(
+    "notes",
+    notes.map(({ what, value, why }) =>
+      element("li", {}, `${NAMES[what]} ${value} shown: ${now.schedule.name} takes ${why}`),
+    ),
+  );
 }
 
 // For those who read the page with a program, and for the tests.
 function showNumbers(fault) {
   const { makespan, span, busy, bubble, spanBubble, peaks, messages } = now.result;
   const { ranks, microbatches, chunks } = now.grid;
-  const numbers = { schedule: now.schedule.name, ranks, microbatches, chunks, makespan, span, busy, bubble, span_bubble: spanBubble, peak_activations: peaks, messages };
+  const numbers = {
+    schedule: now.schedule.name,
+    ranks,
+    microbatches,
+    chunks,
+    makespan,
+    span,
+    busy,
+    bubble,
+    span_bubble: spanBubble,
+    peak_activations: peaks,
+    messages,
+  };
   $("numbers").textContent = JSON.stringify(fault ? { fault } : numbers);
 }
 
@@ -122,9 +163,14 @@ function showStatus() {
   const one = picture.chosen;
   if (!one) return ($("status").textContent = "");
   const { scale } = now.result;
-  const chunk = picture.chunkOf[one.stage] ? `, chunk ${picture.chunkOf[one.stage]} of rank ${now.schedule.stageRank[one.stage]}` : "";
-  const unit = now.facts.sliced ? `slice ${one.microbatch} (micro-batch ${Math.floor(one.microbatch / now.schedule.slices)})` : `micro-batch ${one.microbatch}`;
-  $("status").textContent = `rank ${now.schedule.stageRank[one.stage]}: ${LOOKS[one.op].label} of ${unit} on stage ${one.stage}${chunk}, from ${number(one.start / scale)} to ${number(one.end / scale)} µs`;
+  const chunk = picture.chunkOf[one.stage]
+    ? `, chunk ${picture.chunkOf[one.stage]} of rank ${now.schedule.stageRank[one.stage]}`
+    : "";
+  const unit = now.facts.sliced
+    ? `slice ${one.microbatch} (micro-batch ${Math.floor(one.microbatch / now.schedule.slices)})`
+    : `micro-batch ${one.microbatch}`;
+  $("status").textContent =
+    `rank ${now.schedule.stageRank[one.stage]}: ${LOOKS[one.op].label} of ${unit} on stage ${one.stage}${chunk}, from ${number(one.start / scale)} to ${number(one.end / scale)} µs`;
 }
 
 function choose(one) {
@@ -166,14 +212,21 @@ function zoom(factor, x) {
 }
 
 function addPicture() {
-  const place = (event) => [event.clientX - $("canvas").getBoundingClientRect().left, event.clientY - $("canvas").getBoundingClientRect().top];
+  const place = (event) => [
+    event.clientX - $("canvas").getBoundingClientRect().left,
+    event.clientY - $("canvas").getBoundingClientRect().top,
+  ];
   $("canvas").addEventListener("pointermove", (event) => choose(picture.at(...place(event))));
   $("canvas").addEventListener("pointerleave", () => choose(null));
-  $("canvas").addEventListener("wheel", (event) => {
-    if (!event.ctrlKey) return;
-    event.preventDefault();
-    zoom(picture.zoom * Math.exp(-event.deltaY / 200), place(event)[0]);
-  }, { passive: false });
+  $("canvas").addEventListener(
+    "wheel",
+    (event) => {
+      if (!event.ctrlKey) return;
+      event.preventDefault();
+      zoom(picture.zoom * Math.exp(-event.deltaY / 200), place(event)[0]);
+    },
+    { passive: false },
+  );
   $("picture").addEventListener("keydown", onKey);
   $("zoom-in").addEventListener("click", () => zoom(picture.zoom * 1.5));
   $("zoom-out").addEventListener("click", () => zoom(picture.zoom / 1.5));
@@ -201,14 +254,20 @@ function addSharing() {
     button.textContent = words;
     setTimeout(() => (button.textContent = before), 1200);
   };
-  const copy = (id, text) => $(id).addEventListener("click", () =>
-    navigator.clipboard.writeText(text()).then(() => say($(id), "Copied"), () => say($(id), "Not allowed here")));
+  const copy = (id, text) =>
+    $(id).addEventListener("click", () =>
+      navigator.clipboard.writeText(text()).then(
+        () => say($(id), "Copied"),
+        () => say($(id), "Not allowed here"),
+      ),
+    );
   const save = (name, href) => element("a", { href, download: name }).click();
   copy("copy-link", () => location.href);
   copy("copy-command", () => $("command").textContent);
   $("save-picture").addEventListener("click", () => save(`${now.schedule.name}.png`, $("canvas").toDataURL()));
   $("save-text").addEventListener("click", () =>
-    save(`${now.schedule.name}.txt`, `data:text/plain;charset=utf-8,${encodeURIComponent(textOf(now.schedule))}`));
+    save(`${now.schedule.name}.txt`, `data:text/plain;charset=utf-8,${encodeURIComponent(textOf(now.schedule))}`),
+  );
 }
 
 addControls();

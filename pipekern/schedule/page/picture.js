@@ -1,7 +1,7 @@
 // The picture on the canvas: a row a rank, time to the right, and below it on the same axis what every rank holds.
 //
-// Colours are Okabe and Ito's, which colour-blind readers can tell apart; each operation also has its own hatching. A rank's
-// later chunks are paler. Only what is in view is drawn, so that zooming costs nothing.
+// Colours are Okabe and Ito's, which colour-blind readers can tell apart; each operation also has its own hatching. A
+// rank's later chunks are paler. Only what is in view is drawn, so that zooming costs nothing.
 
 const LOOKS = {
   F: { label: "F forward", colour: "#0072b2", hatch: null },
@@ -37,8 +37,8 @@ function paintOf(context, op, chunk, ground) {
   pen.strokeStyle = pen.fillStyle = mix(plain, "#000000", 0.38);
   for (const shift of [-8, 0, 8]) {
     pen.beginPath();
-    if (hatch === "/") pen.moveTo(shift, 8), pen.lineTo(shift + 8, 0);
-    if (hatch === "\\") pen.moveTo(shift, 0), pen.lineTo(shift + 8, 8);
+    if (hatch === "/") (pen.moveTo(shift, 8), pen.lineTo(shift + 8, 0));
+    if (hatch === "\\") (pen.moveTo(shift, 0), pen.lineTo(shift + 8, 8));
     pen.stroke();
   }
   if (hatch === ".") for (const at of [1, 5]) pen.fillRect(at, at, 2, 2);
@@ -56,7 +56,9 @@ class Picture {
 
   show(schedule, result, limit) {
     Object.assign(this, { schedule, result, limit });
-    const stages = schedule.rows.map((_, rank) => range(schedule.stageRank.length).filter((stage) => schedule.stageRank[stage] === rank));
+    const stages = schedule.rows.map((_, rank) =>
+      range(schedule.stageRank.length).filter((stage) => schedule.stageRank[stage] === rank),
+    );
     this.chunkOf = schedule.stageRank.map((rank, stage) => stages[rank].indexOf(stage));
     this.end = Math.max(...result.spans.map((row) => row.at(-1)?.end ?? 0), 1);
     this.top = Math.max(...result.peaks, limit ?? 0, 1e-9);
@@ -86,7 +88,9 @@ class Picture {
     this.canvas.style.height = `${this.height}px`;
     this.ground.style.width = `${GUTTER + (this.width - GUTTER - EDGE) * this.zoom + EDGE}px`;
     this.context.setTransform(dense, 0, 0, dense, 0, 0);
-    this.inks = Object.fromEntries(["ground", "ink", "muted", "line", "idle", "limit", "held"].map((name) => [name, css(`--${name}`)]));
+    this.inks = Object.fromEntries(
+      ["ground", "ink", "muted", "line", "idle", "limit", "held"].map((name) => [name, css(`--${name}`)]),
+    );
     this.paints = new Map();
     this.redraw();
   }
@@ -185,7 +189,10 @@ class Picture {
   drawPath() {
     const way = this.result.spans.flatMap((row, rank) => row.map((one) => ({ ...one, rank })));
     const steps = way.filter((one) => one.microbatch === this.chosen.microbatch && one.op !== "W");
-    steps.sort((one, other) => (one.op !== "F") - (other.op !== "F") || (one.op === "F" ? one.stage - other.stage : other.stage - one.stage));
+    steps.sort(
+      (one, other) =>
+        (one.op !== "F") - (other.op !== "F") || (one.op === "F" ? one.stage - other.stage : other.stage - one.stage),
+    );
     const pen = this.context;
     pen.strokeStyle = this.inks.ink;
     pen.lineWidth = 1.25;
@@ -207,7 +214,7 @@ class Picture {
     pen.font = '11px system-ui, "DejaVu Sans", sans-serif';
     pen.textAlign = "center";
     pen.textBaseline = "top";
-    for (let index = Math.max(0, Math.floor((this.tickAt(GUTTER) / this.result.scale / unit) / step)); ; index++) {
+    for (let index = Math.max(0, Math.floor(this.tickAt(GUTTER) / this.result.scale / unit / step)); ; index++) {
       const x = this.xOf(index * step * unit * this.result.scale);
       if (x > Math.min(this.width, this.xOf(this.end) + 1)) break;
       pen.fillStyle = this.inks.line;
@@ -286,4 +293,7 @@ function niceStep(least) {
 }
 
 // A number with at most so many significant digits, and no trailing zeros.
-const shown = (value, digits) => Number(value.toPrecision(Math.max(digits, String(Math.trunc(value)).length))).toLocaleString("en", { maximumFractionDigits: 6 });
+const shown = (value, digits) =>
+  Number(value.toPrecision(Math.max(digits, String(Math.trunc(value)).length))).toLocaleString("en", {
+    maximumFractionDigits: 6,
+  });

@@ -1,5 +1,6 @@
-// The rule of every schedule: rules[name](grid) gives the rows of all ranks. Twins of the generators in pipekern/schedule,
-// with which tests compare them action by action. A grid is {ranks, microbatches, chunks, memory}; memory may be Infinity.
+// The rule of every schedule: rules[name](grid) gives the rows of all ranks. Twins of the generators in
+// pipekern/schedule, with which tests compare them action by action. A grid is {ranks, microbatches, chunks, memory};
+// memory may be Infinity.
 //
 // An action is {op, stage, microbatch}; op is F, B, W or BW. One that is `paired` overlaps the action after it.
 
@@ -41,7 +42,8 @@ const limits = {
 };
 
 const rules = {
-  gpipe: (grid) => everyRank(grid, (rank, { microbatches }) => ["F", "BW"].flatMap((op) => ofAll(op, rank, microbatches))),
+  gpipe: (grid) =>
+    everyRank(grid, (rank, { microbatches }) => ["F", "BW"].flatMap((op) => ofAll(op, rank, microbatches))),
 
   "1f1b": (grid) =>
     everyRank(grid, (rank, { ranks, microbatches }) =>
@@ -61,7 +63,8 @@ const rules = {
       ];
     }),
 
-  "zb-h1": (grid) => everyRank(grid, (rank, { ranks, microbatches }) => zeroBubble(rank, microbatches, ranks - rank - 1, rank)),
+  "zb-h1": (grid) =>
+    everyRank(grid, (rank, { ranks, microbatches }) => zeroBubble(rank, microbatches, ranks - rank - 1, rank)),
 
   "zb-h2": (grid) =>
     everyRank(grid, (rank, { ranks, microbatches, memory }) => {
@@ -78,7 +81,12 @@ const rules = {
     }),
 
   "v-half": (grid) =>
-    repeatedBlock(grid, (p, i) => [2 * i, 3 * p - i - 2, 3 * p + (p % 2 ? 0 : 3) + 2 * i - 1, 6 * p + (p % 2 ? 0 : 3) - i - 2]),
+    repeatedBlock(grid, (p, i) => [
+      2 * i,
+      3 * p - i - 2,
+      3 * p + (p % 2 ? 0 : 3) + 2 * i - 1,
+      6 * p + (p % 2 ? 0 : 3) - i - 2,
+    ]),
 
   "v-min": (grid) =>
     repeatedBlock(grid, (p, i) => [i, 2 * p - i - 1, 2 * p + (p % 3 ? 0 : 2) + i, 4 * p + (p % 3 ? 0 : 2) - i - 1]),
@@ -152,7 +160,9 @@ function numbered(tokens, first = {}) {
     for (const part of op) done.set(part + stage, (done.get(part + stage) ?? 0) + 1);
     return action(op, stage, microbatch);
   };
-  return tokens.flatMap((token) => (Array.isArray(token) ? [{ ...next(token[0]), paired: true }, next(token[1])] : [next(token)]));
+  return tokens.flatMap((token) =>
+    Array.isArray(token) ? [{ ...next(token[0]), paired: true }, next(token[1])] : [next(token)],
+  );
 }
 
 function zbVRow(ranks, rank, microbatches) {
@@ -173,8 +183,8 @@ function zbVRow(ranks, rank, microbatches) {
   ];
 }
 
-// DualPipe's program of `rank` in a row of `ranks`. The forwards of stage `near` come from the outer end of the row, those
-// of `far` from the inner one, whose rank is the last.
+// DualPipe's program of `rank` in a row of `ranks`. The forwards of stage `near` come from the outer end of the row,
+// those of `far` from the inner one, whose rank is the last.
 function twoDirections(ranks, rank, microbatches, near, far) {
   const token = (op) => [near, far].map((stage) => ({ op, stage }));
   const [[f0, f1], [b0, b1], [w0, w1], [whole0, whole1]] = ["F", "B", "W", "BW"].map(token);

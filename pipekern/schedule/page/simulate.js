@@ -1,7 +1,7 @@
 // A schedule from its rule, and its exact timeline. The twin of pipekern/schedule/simulate.py.
 //
-// A schedule is {name, microbatches, slices, chains, synchronous, stageRank, rows}. Times are counted in integer ticks, so that every
-// figure is exact: costs are decimals of at most three places.
+// A schedule is {name, microbatches, slices, chains, synchronous, stageRank, rows}. Times are counted in integer
+// ticks, so that every figure is exact: costs are decimals of at most three places.
 
 const THOUSAND = 1000;
 const gcd = (a, b) => (b ? gcd(b, a % b) : a);
@@ -13,7 +13,8 @@ function nearest(name, wanted, facts) {
   const notes = [];
   const { least, most, step } = facts.chunks;
   const chunks = least + Math.floor((Math.min(Math.max(grid.chunks, least), most) - least) / step) * step;
-  if (chunks !== grid.chunks && least !== most) notes.push({ what: "chunks", value: chunks, why: step > 1 ? "an even number" : `at least ${least}` });
+  if (chunks !== grid.chunks && least !== most)
+    notes.push({ what: "chunks", value: chunks, why: step > 1 ? "an even number" : `at least ${least}` });
   grid.chunks = chunks;
   for (const limit of limits[name] ?? []) {
     const mend = limit(grid);
@@ -41,7 +42,9 @@ function build(name, grid, facts) {
 // The number of stages into which each stage's rank has cut its share of the model.
 function sharesOf({ stageRank, chains }) {
   const chain = (stage) => Math.floor(stage / (stageRank.length / chains));
-  return stageRank.map((rank, stage) => stageRank.filter((other, index) => other === rank && chain(index) === chain(stage)).length);
+  return stageRank.map(
+    (rank, stage) => stageRank.filter((other, index) => other === rank && chain(index) === chain(stage)).length,
+  );
 }
 
 // Costs in ticks, `scale` of them a microsecond. `pair` is null for the sum of its parts.
@@ -62,7 +65,7 @@ function simulate(schedule, given) {
   const state = { ...results(schedule), comm, messages: 0, clock: schedule.rows.map(() => 0) };
   const spans = schedule.rows.map(() => []);
   const position = schedule.rows.map(() => 0);
-  for (let moved = true; moved; ) {
+  for (let moved = true; moved;) {
     moved = false;
     schedule.rows.forEach((row, rank) => {
       for (let index = position[rank]; index < row.length; index = position[rank]) {
@@ -82,7 +85,13 @@ function simulate(schedule, given) {
     });
   }
   refuseDeadlock(schedule, position, state);
-  return { ...figures(state, spans, scale), ...memory(schedule, spans, given.kept), messages: state.messages, spans, scale };
+  return {
+    ...figures(state, spans, scale),
+    ...memory(schedule, spans, given.kept),
+    messages: state.messages,
+    spans,
+    scale,
+  };
 }
 
 function refuseDeadlock({ rows }, position, state) {
@@ -92,7 +101,9 @@ function refuseDeadlock({ rows }, position, state) {
     const at = position[rank];
     if (at === row.length) return [];
     const need = state.missing(row[at]) ?? state.missing(row[at + 1]);
-    const maker = all.find(({ op, stage, microbatch }) => op[0] === need.op && stage === need.stage && microbatch === need.microbatch);
+    const maker = all.find(
+      ({ op, stage, microbatch }) => op[0] === need.op && stage === need.stage && microbatch === need.microbatch,
+    );
     const wanted = maker ? word(maker) : `${word(need)}, which no rank runs`;
     return [`rank ${rank} stuck at ${word(row[at])} (instruction ${at}): waits for ${wanted}`];
   });
@@ -121,7 +132,8 @@ function results({ stageRank, chains, slices, microbatches }) {
     return found;
   };
   return {
-    missing: (one) => needs(one).find(({ op, stage, microbatch }) => !(op === "F" ? output : gradient).has(at(stage, microbatch))),
+    missing: (one) =>
+      needs(one).find(({ op, stage, microbatch }) => !(op === "F" ? output : gradient).has(at(stage, microbatch))),
     arrival(one, rank) {
       const from = source(one);
       if (from === null || stageRank[from] === rank) return 0;
@@ -136,7 +148,9 @@ function results({ stageRank, chains, slices, microbatches }) {
 }
 
 function figures({ clock }, spans, scale) {
-  const busy = spans.map((row) => row.reduce((sum, one, index) => sum + (row[index - 1]?.paired ? 0 : one.end - one.start), 0));
+  const busy = spans.map((row) =>
+    row.reduce((sum, one, index) => sum + (row[index - 1]?.paired ? 0 : one.end - one.start), 0),
+  );
   const makespan = Math.max(...clock);
   const span = Math.max(...spans.map((row, rank) => clock[rank] - (row[0]?.start ?? 0)));
   const total = busy.reduce((sum, one) => sum + one, 0);
@@ -150,8 +164,8 @@ function figures({ clock }, spans, scale) {
   };
 }
 
-// What every rank holds, in activations of one micro-batch through its whole share: whole from F to B, `kept` of it to W.
-// A curve is a list of [tick, held], held from then on.
+// What every rank holds, in activations of one micro-batch through its whole share: whole from F to B, `kept` of it
+// to W. A curve is a list of [tick, held], held from then on.
 function memory(schedule, spans, kept) {
   const shares = sharesOf(schedule);
   const scale = shares.reduce(lcm, 1) * schedule.slices * THOUSAND;

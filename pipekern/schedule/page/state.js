@@ -5,7 +5,8 @@ const FACTS = DATA.schedules; // what each schedule is, from pipekern's registry
 const OWN = "own"; // a schedule in the text form that is pasted or opened here
 const GIVEN = DATA.texts.map(parse); // those in the text form that came with the page, chosen as own0, own1, …
 
-// Each value has a slider. One that is `open` may be null, at the slider's right end: no limit, or the sum of the parts.
+// Each value has a slider. One that is `open` may be null, at the slider's right end: no limit, or the sum of the
+// parts.
 const VALUES = {
   p: { label: "Ranks", low: 1, high: 16, initial: 4, group: "sizes" },
   m: { label: "Micro-batches", low: 1, high: 64, initial: 8, group: "sizes" },
@@ -22,13 +23,17 @@ const VALUES = {
 const PRESETS = [
   { name: "unit", values: { F: 1, B: 1, W: 1, c: 0 } },
   { name: "slow links", values: { F: 1, B: 1, W: 1, c: 0.5 } },
-  { name: "paper, 8 ranks", values: { p: 8, m: 24, F: 18522, B: 18086, W: 9337, c: 601 } },
-  { name: "paper, 16 ranks", values: { p: 16, m: 48, F: 11347, B: 11248, W: 8132, c: 377 } },
+  { name: "paper, 8", values: { p: 8, m: 24, F: 18522, B: 18086, W: 9337, c: 601 } },
+  { name: "paper, 16", values: { p: 16, m: 48, F: 11347, B: 11248, W: 8132, c: 377 } },
 ];
 const WHOLE = ["p", "m", "v"];
 const HIGHEST = 1e7;
 
-const initial = () => ({ schedule: "1f1b", text: "", ...Object.fromEntries(Object.entries(VALUES).map(([key, { initial }]) => [key, initial])) });
+const initial = () => ({
+  schedule: "1f1b",
+  text: "",
+  ...Object.fromEntries(Object.entries(VALUES).map(([key, { initial }]) => [key, initial])),
+});
 
 // A value as it can be used: at most three places, within what is possible; null where it is left open.
 function tidy(key, value) {
@@ -39,12 +44,15 @@ function tidy(key, value) {
   return WHOLE.includes(key) ? Math.round(inside) : Math.round(inside * 1000) / 1000;
 }
 
+const isKnown = (name) =>
+  Object.hasOwn(FACTS, name) || name === OWN || GIVEN.some((_, index) => name === `${OWN}${index}`);
+
 function fromHash(hash) {
   const state = initial();
   for (const [key, value] of new URLSearchParams(hash.replace(/^#/, ""))) {
-    if (key === "schedule" && (value in FACTS || value === OWN || GIVEN[value.slice(OWN.length)])) state.schedule = value;
+    if (key === "schedule" && isKnown(value)) state.schedule = value;
     if (key === "text") state.text = value;
-    if (key in VALUES) state[key] = tidy(key, value);
+    if (Object.hasOwn(VALUES, key)) state[key] = tidy(key, value);
   }
   return state;
 }
@@ -59,7 +67,7 @@ function toHash(state) {
 // The schedule that the state names, the values it is built with, and what had to change for it.
 function scheduleOf(state) {
   if (state.schedule.startsWith(OWN)) {
-    const schedule = GIVEN[state.schedule.slice(OWN.length)] ?? parse(state.text);
+    const schedule = state.schedule === OWN ? parse(state.text) : GIVEN[state.schedule.slice(OWN.length)];
     return { schedule, facts: factsOf(schedule), grid: sizesOf(schedule), notes: [] };
   }
   const facts = FACTS[state.schedule];
@@ -69,19 +77,20 @@ function scheduleOf(state) {
 }
 
 function sizesOf(schedule) {
-  return { ranks: schedule.rows.length, microbatches: schedule.microbatches, chunks: Math.max(...sharesOf(schedule)) * schedule.slices, memory: Infinity };
-}
-
-function factsOf(schedule) {
-  const whole = schedule.rows.flat().every(({ op, paired }) => (op === "F" || op === "BW") && !paired);
-  const { synchronous, chains, slices } = schedule;
   return {
-    synchronous,
-    duplicates_weights: chains > 1 || !synchronous,
-    runnable: whole && chains === 1 && slices === 1 && synchronous,
-    sliced: slices > 1,
+    ranks: schedule.rows.length,
+    microbatches: schedule.microbatches,
+    chunks: Math.max(...sharesOf(schedule)) * schedule.slices,
+    memory: Infinity,
   };
 }
+
+// What a text form says of itself; whether pipekern can run it, `pipekern schedule show` says.
+const factsOf = ({ synchronous, chains, slices }) => ({
+  synchronous,
+  duplicates_weights: chains > 1 || !synchronous,
+  sliced: slices > 1,
+});
 
 function resultOf(state) {
   const found = scheduleOf(state);
@@ -96,7 +105,8 @@ function commandOf(state, { schedule, grid, facts }) {
   const words = ["pipekern schedule simulate", own ? "FILE" : state.schedule];
   if (!own) words.push(`--ranks ${grid.ranks} --microbatches ${grid.microbatches}`);
   if (!own && facts.chunks.most > facts.chunks.least) words.push(`--chunks ${grid.chunks}`);
-  if (!own && grid.memory !== Infinity && ["zb-h2", "hanayo"].includes(state.schedule)) words.push(`--memory ${grid.memory}`);
+  if (!own && grid.memory !== Infinity && ["zb-h2", "hanayo"].includes(state.schedule))
+    words.push(`--memory ${grid.memory}`);
   words.push(`--forward ${state.F} --backward ${state.B} --weight ${state.W}`);
   if (state.c) words.push(`--comm ${state.c}`);
   if (state.kept !== 1) words.push(`--kept ${state.kept}`);

@@ -38,7 +38,7 @@ def test_golden_compare(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["schedule", "compare", "--ranks", "3", "--microbatches", "5", "--memory", "2.5"]) == 0
+    assert main(["schedule", "compare", "--ranks", "3", "--microbatches", "6", "--memory", "2.5"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == [
         "schedule",
@@ -53,7 +53,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         "peak",
         "messages",
     ]
-    assert any(line.startswith("v-min ") and line.endswith("simulated only") for line in out)
+    assert any(line.startswith("seq1f1b ") for line in out)
     refused = out[out.index("not built:") + 1 :]
     assert "  ranks=3: dualpipe needs a multiple of 2; nearest ranks=4" in refused
     assert any(line.startswith("  memory=2.5: 1f1b holds 3 activations") for line in refused)
@@ -98,3 +98,11 @@ def test_own_costs_a_stage_leave_out_the_rest(capsys: pytest.CaptureFixture[str]
     assert {"1f1b", "zb-h2"} <= set(rows) and "zb-v" not in rows
     schedule = build("1f1b", ranks=4, microbatches=8)
     assert rows["1f1b"]["makespan"] == schedule.simulate(Costs([1, 2, 3, 4], 1, 1)).makespan
+
+
+def test_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "compare", *SIZES]) == 0
+    notes = {line.split()[0]: line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert notes["dualpipe"] == "weights twice, simulated only"
+    assert notes["pipedream-2bw"] == "asynchronous, weights twice, simulated only"
+    assert notes["1f1b"] == "48"  # messages, and nothing to note
