@@ -39,6 +39,7 @@ _KINDS: dict[str, type[TransportError]] = {
 _LOG = logging.getLogger("pipekern.transport")
 _LOG_EVERY = 30.0  # seconds between lines about a peer that is waited for
 _GAP = 1.0  # seconds without a try after which a rank no longer counts as waiting
+_LINGER = 5.0  # seconds that the store outlives a failure for ranks that have not read it: stopped ones never will
 _NO_ABORT = "-"
 _TEXT_LIMIT = 32768  # characters of a traceback that travel
 
@@ -89,6 +90,7 @@ class Control:
         self._mine = State()
         self._states = [State()] * ranks
         self._life = [Life(0, 0, time.monotonic())] * ranks
+        self._stride = 1 + ranks // 64  # rounds between two looks at all states
         self._processes = Processes({})
         self._waiting = (0.0, 0.0, "")  # first and last try in vain since a message moved, and for what
         self._logged = 0
@@ -218,7 +220,8 @@ class Control:
         self._publish(board)
         if self.failure is not None:
             return
-        self._read(board, range(self.ranks))
+        # In a large job all states only now and then, which keeps the store's load linear in the ranks.
+        self._read(board, range(self.ranks) if self._mine.beat % self._stride == 0 else [])
         before = set(self._processes.ended)
         self._processes.update()
         for rank in self._processes.ended - before:
@@ -272,7 +275,7 @@ class Control:
     def _linger(self, board: Board) -> None:
         """Keep the store until each other rank knows that this one left, or why the job failed, or has itself gone."""
         before = list(self._states)
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + (self.timeout if self.failure is None else min(self.timeout, _LINGER))
         unaware = [rank for rank in range(self.ranks) if rank != self.rank]
         while unaware and time.monotonic() < deadline:
             self._read(board, unaware)
@@ -282,6 +285,6 @@ class Control:
                 for rank in unaware
                 if rank not in self._processes.ended
                 and not (self._states[rank].left or self._states[rank].failed)
-                and (self.failure is not None or self._states[rank].beat < before[rank].beat + 2)
+                and (self.failure is not None or self._states[rank].beat < before[rank].beat + self._stride + 1)
             ]
             time.sleep(SLICE / 10)
