@@ -211,6 +211,7 @@ def interrupted_worker(token: str) -> Any:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     transport = join(token)
     _, receivers = transport.open(neighbours(2))
+    barrier("opened")
     if rank_of() == 0:
         pid = os.getpid()
         threading.Timer(0.5, os.kill, (pid, signal.SIGINT)).start()
@@ -231,6 +232,7 @@ def test_ctrl_c_gets_through_a_wait() -> None:
 def exiting_worker(token: str, with_error: bool) -> Any:
     transport = join(token)
     _, receivers = transport.open(neighbours(2))
+    barrier("opened")
     if rank_of() == 0:
         if with_error:
             sys.last_value = ValueError("the loader is empty")  # as the interpreter leaves it for an uncaught one
