@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pipekern.trace.figure import BLUE, GREY, LINE, ORANGE, VERMILLION, check_format, new_figure, save
 
@@ -36,9 +36,9 @@ _LOOKS = {
     (True, True): _Look("can train today, weights kept twice", "s", True),
 }
 # Where a name may stand, in points from its dot: the first place that is free is taken.
-_PLACES = [
-    (x, y) for far in (1, 2.2, 3.6, 5) for x, y in ((9, 0), (-9, 0), (0, 10 * far), (0, -10 * far), (9, 7 * far))
-]
+_SIDES = [(9, 0), (-9, 0)]
+_RINGS = [(x, up * 12 * ring) for ring in range(1, 8) for x in (0, 9, -9) for up in (1, -1)]
+_NEAR = 15  # a name that is farther away gets a line to its dot
 _PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 0.8}
 _TEXT: dict[str, Any] = {
     "textcoords": "offset points",
@@ -133,18 +133,19 @@ def _square(x: float, y: float) -> Bbox:
 
 
 def _place(axes: Axes, place: tuple[float, float], name: str, taken: list[Bbox]) -> Bbox:
-    best: tuple[int, Bbox] | None = None
-    for x, y in _PLACES:
-        align = "left" if x > 0 else "right" if x < 0 else "center"
-        text = axes.annotate(name, place, (x, y), ha=align, **_TEXT)
+    """Write ``name`` at the first place that is free, or where there is none at the first; returns what it takes."""
+    for x, y in (*_SIDES, *_RINGS):
+        text = axes.annotate(name, place, (x, y), ha=_align(x), **_TEXT)
         box = text.get_window_extent()
         inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
-        hidden = sum(box.overlaps(other) for other in taken) + 2 * (not inside)
-        if not hidden:
+        if inside and not any(box.overlaps(other) for other in taken):
+            if abs(y) > _NEAR:
+                line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5}
+                axes.annotate("", place, (x, y), textcoords="offset points", arrowprops=line, zorder=2)
             return box
-        if best is None or hidden < best[0]:
-            best = (hidden, box)
         text.remove()
-    assert best is not None
-    axes.annotate(name, place, (9, 0), **_TEXT)
-    return best[1]
+    return axes.annotate(name, place, _SIDES[0], ha=_align(_SIDES[0][0]), **_TEXT).get_window_extent()
+
+
+def _align(x: float) -> Literal["left", "center", "right"]:
+    return "left" if x > 0 else "right" if x < 0 else "center"
