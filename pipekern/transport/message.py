@@ -86,11 +86,18 @@ def unpack(descriptor: bytes, tensors: Sequence[Tensor]) -> Any:
 
     Raises ``TransportError`` if the tensors are not those that the descriptor names.
     """
-    tree = _load(descriptor)
-    wanted = [(DTYPES[code], tuple(shape)) for code, shape, _ in tree["tensors"]]
+    wanted = [spec[:2] for spec in specs(descriptor)]
     given = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
     if wanted != given:
         raise TransportError(f"a message announces the tensors {wanted} and brings {given}")
+    arrived = iter(tensors)
+    return assemble(descriptor, lambda _: next(arrived))
+
+
+def assemble(descriptor: bytes, tensor_of: Callable[[TensorSpec], Tensor]) -> Any:
+    """The value again, over what ``tensor_of`` returns for each of its tensors, in order; see :func:`unpack`."""
+    tree = _load(descriptor)
+    tensors = [tensor_of(TensorSpec(DTYPES[code], tuple(shape), grad)) for code, shape, grad in tree["tensors"]]
     for tensor, (_, _, grad) in zip(tensors, tree["tensors"], strict=True):
         if grad:
             tensor.requires_grad_()

@@ -38,12 +38,11 @@ class ShmSender:
     def send(self, tag: int, value: Any, digest: int = 0) -> bool:
         """See :meth:`pipekern.transport.base.Sender.send`."""
         if isinstance(value, Tensor):
+            plain = value
             if not _is_plain(value):
-                if not self.end.free(tag):
+                if not self.end.free(tag):  # looked at first: a copy that cannot be sent is for nothing
                     return False
                 plain = message.plain(value)
-            else:
-                plain = value
             sent = self.end.send_tensor(
                 tag, plain.data_ptr(), message.DTYPE_CODE[plain.dtype], plain.shape, value.requires_grad, digest
             )
@@ -51,7 +50,7 @@ class ShmSender:
                 return sent
         if not self.end.free(tag):
             return False
-        descriptor, tensors = message.pack(value)
+        descriptor, tensors = message.pack(value, _as_is)
         return self.end.send_bundle(tag, descriptor, [(part.data_ptr(), part.nbytes) for part in tensors], digest)
 
 
@@ -172,14 +171,21 @@ def _tensor(capsule: object, dtype: int) -> Tensor:
     return tensor.view(message.DTYPES[dtype]) if dtype >= _FIRST_FP8 else tensor
 
 
+def _as_is(tensor: Tensor, place: str) -> Tensor:
+    return tensor if _is_plain(tensor) else message.plain(tensor, place)
+
+
 def _unbundle(arrival: _C.Arrival, descriptor: bytes) -> Any:
-    tensors = []
     offset = _aligned(len(descriptor))
-    for spec in message.specs(descriptor):
+
+    def tensor_of(spec: message.TensorSpec) -> Tensor:
+        nonlocal offset
         code = message.DTYPE_CODE[spec.dtype]
-        tensors.append(_tensor(arrival.view(offset, code, list(spec.shape)), code))
+        tensor = _tensor(arrival.view(offset, code, spec.shape), code)
         offset = _aligned(offset + spec.nbytes)
-    return message.unpack(descriptor, tensors)
+        return tensor
+
+    return message.assemble(descriptor, tensor_of)
 
 
 def _aligned(offset: int) -> int:
