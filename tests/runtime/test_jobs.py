@@ -25,9 +25,8 @@ def _batch(samples: int = 8) -> tuple[Tensor, Tensor]:
 def _pipe(transport: str, *layers: nn.Module, **options: Any) -> pk.Pipeline:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), *layers, nn.Linear(4, 4))
-    return pk.Pipeline(
-        net, **{"loss_fn": F.mse_loss, "microbatches": 4, "transport": transport, "timeout": 20} | options
-    )
+    defaults: dict[str, Any] = {"loss_fn": F.mse_loss, "microbatches": 4, "transport": transport, "timeout": 20.0}
+    return pk.Pipeline(net, **defaults | options)
 
 
 def _loss() -> float:
