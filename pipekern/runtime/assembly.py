@@ -49,12 +49,11 @@ class Assembly:
         transport: Transport,
         senders: Mapping[str, Sender],
         receivers: Mapping[str, Receiver],
-        timeout: float,
     ):
         self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
         self.loss = Loss(loss_fn)
         self.senders, self.receivers = senders, receivers
-        self.outgoing = Outgoing(transport, self.receivers.values(), timeout)
+        self.outgoing = Outgoing(transport, self.receivers.values(), alone=rank is None)
         schedule = blueprint.schedule
         self.star = Star(rank, schedule.ranks, blueprint.root_rank, self.outgoing, senders, receivers)
         self.parameters: dict[str, nn.Parameter] = dict(p for unit in self.units() for p in unit.named_parameters())

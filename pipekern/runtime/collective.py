@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from pipekern.runtime.outgoing import Outgoing
-from pipekern.runtime.runner import EXCHANGE_TAG, LOSS_TAG
+from pipekern.runtime.outgoing import EXCHANGE_TAG, LOSS_TAG, Outgoing
 from pipekern.transport.base import Link, Receiver, Sender
 
 

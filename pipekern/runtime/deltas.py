@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from pipekern.runtime.outgoing import Outgoing
-from pipekern.runtime.runner import TIE_TAG
+from pipekern.runtime.outgoing import TIE_TAG, Outgoing
 from pipekern.stage.sharing import Tie
 from pipekern.transport.base import Link, Receiver, Sender
 

@@ -10,19 +10,27 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from pipekern.errors import TransportTimeout
+from pipekern.errors import MessageMismatch, TransportError
 from pipekern.transport.base import Message, Receiver, Sender, Transport
 
+# What a message is, in the high byte of its tag; below it the step (24 bits) and the micro-batch or a number.
+FORWARD_TAG, BACKWARD_TAG, EVALUATE_TAG, LOSS_TAG, EXCHANGE_TAG, TIE_TAG = (kind << 56 for kind in range(1, 7))
+_KINDS = ("", "activation", "gradient", "activation of an evaluation", "loss", "collective", "tied weight")
 _RETRY = 0.0005  # seconds that a receive waits before it retries queued sends
+
+
+def describe(tag: int) -> str:
+    """A tag in words."""
+    return f"{_KINDS[tag >> 56]}, step {tag >> 32 & 0xFFFFFF}, micro-batch or number {tag & 0xFFFFFFFF}"
 
 
 class Outgoing:
     """This process's sends and receives: first in, first out on each link, and no wait that starves a queued send."""
 
-    def __init__(self, transport: Transport, receivers: Iterable[Receiver], timeout: float):
+    def __init__(self, transport: Transport, receivers: Iterable[Receiver], alone: bool):
         self._transport = transport
         self._receivers = list(receivers)
-        self._timeout = timeout
+        self._alone = alone  # nobody else could free a slot
         self.queued: dict[str, deque[tuple[Sender, int, Any, int]]] = {}
 
     def send(self, sender: Sender, tag: int, value: Any, digest: int = 0) -> None:
@@ -47,25 +55,29 @@ class Outgoing:
 
     def receive(self, receiver: Receiver, tag: int) -> Message:
         """The next message of a link; queued sends go on meanwhile."""
-        while self.queued:
-            self.flush()
-            message = receiver.recv(tag, _RETRY)
-            if message is not None:
-                return message
-        message = receiver.recv(tag)
+        try:
+            while self.queued:
+                self.flush()
+                message = receiver.recv(tag, _RETRY)
+                if message is not None:
+                    return message
+            message = receiver.recv(tag)
+        except MessageMismatch as error:
+            raise MessageMismatch(f"{error}; expected: {describe(tag)}", error.rank) from None
         assert message is not None, "recv without a limit returned nothing"
         return message
 
     def drain(self) -> None:
-        """Wait until every queued message is sent. Raises what the job raises, or ``TransportTimeout``."""
-        deadline = time.monotonic() + self._timeout
+        """Wait until every queued message is sent. Raises what the job raises: a send in vain counts as waiting
+        there.
+        """
         while self.queued:
             self.flush()
             self._transport.check()
-            if self.queued and time.monotonic() > deadline:
-                raise TransportTimeout(
-                    f"no free slot on {', '.join(self.queued)} for {self._timeout:g} s at the end of a step; "
-                    "a receiving stage holds on to its inputs: detach and copy what it keeps"
+            if self.queued and self._alone:
+                raise TransportError(
+                    f"no free slot on {', '.join(self.queued)} at the end of a step; a receiving stage holds on to its "
+                    "inputs: what it keeps must be a copy (.detach().clone())"
                 )
             time.sleep(_RETRY / 10)
 

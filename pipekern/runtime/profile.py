@@ -56,12 +56,12 @@ def profile(model: nn.Module | Sequence[LayerSpec], x: Any, *, repeats: int = 5)
             forward.append(statistics.median(run[0] for run in runs))
             backward.append(statistics.median(run[1] for run in runs))
             with torch.no_grad():
-                value = _leaves(unit.call(unit.train)(value))
+                value = _leaves(unit.call(unit.train)(_copied(value)))
     return LayerCosts(tuple(unit.name for unit in units), tuple(forward), tuple(backward))
 
 
 def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float]:
-    value = pytree.tree_map_only(torch.Tensor, torch.clone, value)  # a unit may write into its input, not into a leaf
+    value = _copied(value)
     start = _now(device)
     output = unit.call(unit.train)(value)
     middle = _now(device)
@@ -69,6 +69,11 @@ def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float]:
     if ends:
         torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
     return (middle - start) / 1e3, (_now(device) - middle) / 1e3
+
+
+def _copied(value: Any) -> Any:
+    """What a unit may write into, as it may not into a leaf or the user's batch."""
+    return pytree.tree_map_only(torch.Tensor, torch.clone, value)
 
 
 def _now(device: torch.device) -> int:

@@ -11,11 +11,9 @@ from torch.utils import _pytree as pytree
 from pipekern.errors import MessageMismatch
 from pipekern.runtime.loss import Loss
 from pipekern.runtime.microbatch import to_device
-from pipekern.runtime.outgoing import Outgoing
+from pipekern.runtime.outgoing import BACKWARD_TAG, EVALUATE_TAG, FORWARD_TAG, Outgoing
 from pipekern.stage.stage import Stage, detached
 from pipekern.transport.base import Receiver, Sender
-
-FORWARD_TAG, BACKWARD_TAG, EVALUATE_TAG, LOSS_TAG, EXCHANGE_TAG, TIE_TAG = (kind << 56 for kind in range(1, 7))
 
 
 @dataclass

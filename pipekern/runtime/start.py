@@ -22,8 +22,9 @@ def start(options: Options) -> Assembly:
     world = join(options.transport, options.timeout)
     try:
         return _assemble(options, world)
-    except BaseException:
+    except BaseException as error:
         if world is not None:
+            world.abort(error, f"rank {world.rank}, while the pipeline was made")
             world.close()
         raise
 
@@ -36,7 +37,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
         free_others(blueprint, owned(blueprint, here))
     stages = build_stages(blueprint, here, devices, options.seed)
     transport, senders, receivers = open_transport(options.transport, links(blueprint), schedule.ranks, world)
-    return Assembly(blueprint, rank, stages, options.loss_fn, transport, senders, receivers, options.timeout)
+    return Assembly(blueprint, rank, stages, options.loss_fn, transport, senders, receivers)
 
 
 def _agreed(options: Options, world: World | None) -> tuple[Blueprint, list[torch.device]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pipekern.runtime import microbatch
 from pipekern.runtime.loss import Loss
 from pipekern.runtime.pipeline import Pipeline
 from pipekern.stage.random import generator, preserved, step_key, unit_keys
+from pipekern.stage.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def _difference(got: torch.Tensor | None, want: torch.Tensor | None) -> float:
     if got is None or want is None:
         there = got if want is None else want
         return 0.0 if there is None or there.numel() == 0 else float(there.abs().max())
-    return float((got.to(want.device).double() - want.double()).abs().max()) if want.numel() else 0.0
+    difference = (got.to(want.device) - want).abs().double()
+    return float(torch.nan_to_num(difference, nan=math.inf).max()) if want.numel() else 0.0
 
 
 def _unsplit(pipe: Pipeline, state: dict[str, Any]) -> nn.Module:
@@ -133,7 +136,7 @@ def _reference_step(pipe: Pipeline, model: nn.Module, x: Any, y: Any) -> float:
     m = blueprint.schedule.microbatches
     units = [unit for stage in blueprint.stages for unit in stage]
     keys = unit_keys(pipe._seed, m, range(len(units)))
-    reseed = _Reseed(model, [unit.name for unit in units], device)
+    reseed = _Reseed(model, units, device)
     loss = Loss(pipe._parts.loss.loss_fn)
     xs, ys = microbatch.split(x, m, "x"), microbatch.split(y, m, "y")
     loss.start(ys, microbatch.sizes(microbatch.batch_size(x, "x"), m))
@@ -153,14 +156,16 @@ def _reference_step(pipe: Pipeline, model: nn.Module, x: Any, y: Any) -> float:
 class _Reseed:
     """Seeds the generator where each unit of an unsplit model begins."""
 
-    def __init__(self, model: nn.Module, names: list[str], device: torch.device):
+    def __init__(self, model: nn.Module, units: list[Unit], device: torch.device):
         self._generator = generator(device)
-        self._before = names[0] == "before"
-        layers = [name for name in names if name not in ("before", "after")]
+        traced = not units[0].prefix  # only a traced model has code before and after its layers
+        self._before = traced and units[0].name == "before"
+        after = traced and units[-1].name == "after"
+        layers = [unit.name for unit in units[self._before : len(units) - after]]
         for layer in {model.get_submodule(name): None for name in layers}:
             layer.register_forward_pre_hook(lambda *_: self._next())
-        if names[-1] == "after":
-            model.get_submodule(layers[-1]).register_forward_hook(lambda *_: self._last(len(names)))
+        if after:
+            model.get_submodule(layers[-1]).register_forward_hook(lambda *_: self._last(len(units)))
 
     def start(self, keys: list[int]) -> None:
         """Begin a micro-batch."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pipekern.errors import ConfigError
 from pipekern.stage.random import generator
 from pipekern.stage.unit import Unit
 
@@ -57,17 +58,30 @@ class Stage:
 
         The last stage gives ``loss``, which takes the model's output to the scalar that the backward starts from.
         """
-        leaves = _gradient_leaves(value)
+        leaves = [t for t in _gradient_leaves(value) if t.is_leaf]  # a batch may have a graph of its own before it
         if leaves and self._copies_input:
             value = pytree.tree_map_only(torch.Tensor, torch.clone, value)
-        manual_seed = self._generator.manual_seed
-        units = self._train if self._root.training else self._evaluate
-        for unit, key in zip(units, self._keys[microbatch], strict=True):
-            manual_seed(key ^ step_key)
-            value = unit(value)
+        try:
+            value = self._run(value, self._keys[microbatch], step_key)
+        except RuntimeError as error:
+            if "a leaf Variable that requires grad" not in str(error):
+                raise
+            raise ConfigError(
+                f"stage {self.index} writes into its input in place, which autograd forbids on a received tensor; "
+                "write "
+                "to a copy, or give the module that writes an attribute `inplace = True`, and the stage copies its "
+                "input"
+            ) from error
         if loss is not None:
             value = loss(value)
         self._stash[microbatch] = Stash(leaves, _gradient_leaves(value))
+        return value
+
+    def _run(self, value: Any, keys: Sequence[int], step_key: int) -> Any:
+        manual_seed = self._generator.manual_seed
+        for unit, key in zip(self._train if self._root.training else self._evaluate, keys, strict=True):
+            manual_seed(key ^ step_key)
+            value = unit(value)
         return value
 
     def evaluate(self, value: Any) -> Any:
