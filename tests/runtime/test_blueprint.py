@@ -28,11 +28,11 @@ def test_freed_parameters_keep_shapes_and_ties() -> None:
 
 
 def test_kept_parameters_stay() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    kept = net[0].weight
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    kept = first.weight
     value = kept.detach().clone()
-    free_others(draw(_options(net), 2), keep={id(kept)})
-    assert net[0].weight is kept
+    free_others(draw(_options(nn.Sequential(first, second)), 2), keep={id(kept)})
+    assert first.weight is kept
     assert torch.equal(kept, value)
-    assert net[0].bias.is_meta
-    assert net[1].weight.is_meta
+    assert first.bias.is_meta
+    assert second.weight.is_meta

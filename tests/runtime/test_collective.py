@@ -29,7 +29,7 @@ def _exchange(ranks: int, root: int) -> list[Any]:
     world = join("shm", 20.0)
     transport, senders, receivers = open_transport("shm", star_links(ranks, root), ranks, world)
     rank = int(os.environ["RANK"])
-    star = Star(rank, ranks, root, Outgoing(transport, receivers.values(), 20.0), senders, receivers)
+    star = Star(rank, ranks, root, Outgoing(transport, receivers.values(), alone=False), senders, receivers)
     seen: list[Any] = []
     for step in range(3):
         rows = star.gather({"rank": rank, "of": torch.full((rank, 2), float(step)), "none": None})
@@ -55,7 +55,7 @@ def test_every_rank_learns_every_value(ranks: int, root: int) -> None:
 
 def test_one_process_has_nobody_to_tell() -> None:
     transport, senders, receivers = open_transport("local", [], 3, None)
-    star = Star(None, 3, 2, Outgoing(transport, receivers.values(), 1.0), senders, receivers)
+    star = Star(None, 3, 2, Outgoing(transport, receivers.values(), alone=True), senders, receivers)
     assert star.alone
     assert star.gather(5) == [5]
     star.publish(0, torch.zeros(1))
