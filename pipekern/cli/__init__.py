@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from pipekern._version import __version__
-from pipekern.cli import doctor, schedule, trace
+from pipekern.cli import doctor, plan, schedule, trace
 from pipekern.cli.output import emit
 from pipekern.errors import ConfigError, ScheduleError
 
@@ -16,11 +16,11 @@ from pipekern.errors import ConfigError, ScheduleError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``argv`` (default: the process's own arguments); returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="pipekern", description="Pipeline parallel training: schedules, traces, health."
+        prog="pipekern", description="Pipeline parallel training: schedules, plans, traces, health."
     )
     parser.add_argument("--version", action="version", version=f"pipekern {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (schedule, trace, doctor):
+    for command in (schedule, plan, trace, doctor):
         command.add(commands)
     args = parser.parse_args(argv)
     try:

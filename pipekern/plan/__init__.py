@@ -1,5 +1,32 @@
-"""Plans: how layers are cut into stages."""
+"""Plans: what layers cost, how they are cut into stages, which schedule, and whether it fits."""
 
+from pipekern.plan.choose import Choice, choose
+from pipekern.plan.cluster import Cluster, Device, Link
+from pipekern.plan.cost import Estimated, Layer, Measured, Work, measured, transformer
+from pipekern.plan.fit import Plan, fit
+from pipekern.plan.memory import FLOAT32, MIXED, ParameterBytes, RankMemory
 from pipekern.plan.partition import Partition, StageMemory, partition, partition_types
 
-__all__ = ["Partition", "StageMemory", "partition", "partition_types"]
+__all__ = [
+    "FLOAT32",
+    "MIXED",
+    "Choice",
+    "Cluster",
+    "Device",
+    "Estimated",
+    "Layer",
+    "Link",
+    "Measured",
+    "ParameterBytes",
+    "Partition",
+    "Plan",
+    "RankMemory",
+    "StageMemory",
+    "Work",
+    "choose",
+    "fit",
+    "measured",
+    "partition",
+    "partition_types",
+    "transformer",
+]

@@ -67,8 +67,9 @@ def shortest_step(lattice: Lattice, microbatches: int) -> Cut | None:
         goal = _step(best, repeats)
         if bound >= goal:
             break
-        if total + repeats * high >= goal:
-            add(low, (goal - 1 - total) // repeats, total, corridor)
+        useful = (goal - 1 - total) // repeats if repeats else high
+        if (high - useful) * 8 > high - low:
+            add(low, useful, total, corridor)
             continue
         table = Table(lattice, high, goal - repeats * low, corridor)
         cut = table.cut()

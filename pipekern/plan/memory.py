@@ -1,0 +1,106 @@
+"""What every rank holds, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from pipekern.errors import ConfigError
+from pipekern.plan.cost import Layer
+from pipekern.schedule.comms import Program
+from pipekern.schedule.ir import Schedule
+
+
+@dataclass(frozen=True)
+class ParameterBytes:
+    """Bytes a parameter: the ``weights`` that stages compute with, ``gradients``, and what the ``optimizer`` keeps."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value >= 0:
+                raise ConfigError(f"{name}={value} bytes a parameter; give at least 0")
+
+
+FLOAT32 = ParameterBytes(weights=4, gradients=4, optimizer=8)  # Adam's two moments
+MIXED = ParameterBytes(weights=2, gradients=4, optimizer=12)  # bf16 copies; float32 gradients, masters, moments
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that a rank holds at its peak. ``slots`` are the rings in which its messages arrive."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    slots: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.slots
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kind} {size(value)}" for kind, value in asdict(self).items())
+
+
+def size(value: float) -> str:
+    """Bytes for a reader: ``3.2 GiB``."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} TiB"
+
+
+def rank_memory(program: Program, stages: Sequence[Sequence[Layer]], bytes_each: ParameterBytes) -> list[RankMemory]:
+    """What each rank holds with the layers ``stages[d]`` at depth d.
+
+    Activations are counted exactly in the order of the schedule, whole from F to W. An asynchronous schedule keeps two
+    versions of the weights. Gradients of the loss and what the kernels use for themselves are not counted.
+    """
+    schedule = program.schedule
+    versions = 1 if schedule.synchronous else 2
+    parameters = [
+        sum(layer.parameters for stage in schedule.stages_of(rank) for layer in stages[stage % schedule.depth])
+        for rank in range(schedule.ranks)
+    ]
+    held = _activations(schedule, [sum(layer.activations for layer in stage) for stage in stages])
+    rings = _slots(program, [stage[-1].output for stage in stages])
+    return [
+        RankMemory(
+            count * bytes_each.weights * versions,
+            count * bytes_each.gradients,
+            count * bytes_each.optimizer,
+            kept,
+            ring,
+        )
+        for count, kept, ring in zip(parameters, held, rings, strict=True)
+    ]
+
+
+def _activations(schedule: Schedule, kept: Sequence[float]) -> list[float]:
+    peaks = []
+    for row in schedule.actions:
+        held = peak = 0.0
+        for action in row:
+            part = kept[action.stage % schedule.depth] / schedule.slices
+            if action.op == "F":
+                held += part
+                peak = max(peak, held)
+            elif action.op != "B":
+                held -= part
+        peaks.append(peak)
+    return peaks
+
+
+def _slots(program: Program, outputs: Sequence[float]) -> list[float]:
+    schedule = program.schedule
+    held = [0.0] * schedule.ranks
+    for (source, target), count in program.slots.items():
+        message = outputs[min(source, target) % schedule.depth] / schedule.slices
+        held[schedule.stage_rank[target]] += count * message
+    return held
