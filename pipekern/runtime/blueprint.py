@@ -13,6 +13,7 @@ from torch import nn
 from pipekern import schedule as schedules
 from pipekern._version import __version__
 from pipekern.errors import ConfigError
+from pipekern.plan.choose import choose
 from pipekern.plan.partition import partition
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
@@ -66,9 +67,13 @@ class Blueprint:
 
 def draw(options: Options, ranks: int) -> Blueprint:
     """Check every option and cut the model. Raises ``ConfigError`` or ``ScheduleError`` before anything starts."""
-    order = _schedule(options.schedule, ranks, options.microbatches, options.chunks)
     root, units = cut(options.module, options.seed)
-    counts = _split(options.split, units, order)
+    _check_microbatches(options.microbatches)
+    if options.schedule == "auto":
+        order, counts = _chosen(options, units, ranks)
+    else:
+        order = _schedule(options.schedule, ranks, options.microbatches, options.chunks)
+        counts = _split(options.split, units, order)
     starts = [sum(counts[:stage]) for stage in range(len(counts))]
     stages = [units[start : start + count] for start, count in zip(starts, counts, strict=True)]
     refuse_shared_state(stages)
@@ -88,9 +93,37 @@ def draw(options: Options, ranks: int) -> Blueprint:
     )
 
 
-def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: int | None) -> Schedule:
+def _check_microbatches(microbatches: object) -> None:
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise ConfigError(f"microbatches={microbatches!r}; a step needs a whole number of at least 1")
+
+
+def _chosen(options: Options, units: Sequence[Unit], ranks: int) -> tuple[Schedule, list[int]]:
+    """The schedule and units a stage with the shortest simulated step, by the costs given or estimated."""
+    if options.split is None:
+        costs = estimate(units)
+        forward, backward = costs, [2 * cost for cost in costs]  # a product's backward is two of its size
+    elif isinstance(options.split, LayerCosts):
+        _check_costs(options.split, units)
+        forward, backward = list(options.split.forward), list(options.split.backward)
+    else:
+        raise ConfigError(
+            f"split={list(options.split)} with schedule='auto', which chooses the split itself; leave split out, give "
+            "costs from pk.profile, or name a schedule"
+        )
+    m = options.microbatches
+    choice = choose(forward, backward, ranks=ranks, microbatches=m, chunks=options.chunks)
+    return choice.schedule, list(choice.split)
+
+
+def _check_costs(costs: LayerCosts, units: Sequence[Unit]) -> None:
+    if len(costs.names) != len(units):
+        raise ConfigError(
+            f"split has costs of {len(costs.names)} units, the model has {len(units)}: profile this model"
+        )
+
+
+def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: int | None) -> Schedule:
     if isinstance(schedule, str):
         order = schedules.build(schedule, ranks=ranks, microbatches=microbatches, chunks=chunks)
     else:
@@ -121,9 +154,9 @@ def _split(split: Split, units: Sequence[Unit], order: Schedule) -> list[int]:
             "layers"
         )
     if split is None or isinstance(split, LayerCosts):
+        if split is not None:
+            _check_costs(split, units)
         costs = estimate(units) if split is None else split.total()
-        if len(costs) != len(units):
-            raise ConfigError(f"split has costs of {len(costs)} units, the model has {len(units)}: profile this model")
         bounds = partition(costs, order.stages).bounds
         return [b - a for a, b in pairwise(bounds)]
     counts = list(split)

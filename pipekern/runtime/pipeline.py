@@ -38,6 +38,7 @@ class Pipeline:
     * ``loss_fn(output, y)`` returns a scalar, which counts by its samples, or a pair (sum, count).
     * ``devices``: one a rank; by default the GPUs, else the CPU. ``chunks``: stages a rank; by default the schedule's
       own.
+    * ``schedule``: a name, a ``Schedule``, or ``"auto"``: what has the shortest simulated step.
     * ``split``: units a stage, or ``LayerCosts`` from ``pk.profile``; by default estimated.
     * ``on_nonfinite``: a loss or norm that is not finite raises ``NumericsError``, or drops the step's gradients on all
       ranks together (``"skip"``), or is let through (``"ignore"``).

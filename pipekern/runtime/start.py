@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 import torch
 
@@ -11,6 +12,7 @@ from pipekern.errors import ConfigError, PipekernError
 from pipekern.runtime.assembly import Assembly, build_stages, links
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
 from pipekern.runtime.options import Options
+from pipekern.runtime.profile import LayerCosts
 from pipekern.transport.agree import disagreements
 from pipekern.transport.open import open_transport
 from pipekern.transport.world import World, join
@@ -45,6 +47,7 @@ def _agreed(options: Options, world: World | None) -> tuple[Blueprint, list[torc
     if world is None:
         size = _size(options.ranks, world)
         return draw(options, size), _devices(options.devices, size, launched=False)
+    options = _costs_of_rank_0(options, world)
     failure: PipekernError | None = None
     try:
         devices = _devices(options.devices, _size(options.ranks, world), launched=True)
@@ -59,6 +62,15 @@ def _agreed(options: Options, world: World | None) -> tuple[Blueprint, list[torc
     if faults:
         raise ConfigError("the ranks were not given the same pipeline: " + "; ".join(faults))
     return blueprint, devices
+
+
+def _costs_of_rank_0(options: Options, world: World) -> Options:
+    """Measured costs differ a little from rank to rank: all split by those of rank 0."""
+    split = options.split
+    first = world.gather({"costs": asdict(split) if isinstance(split, LayerCosts) else None})[0]["costs"]
+    if first is None or not isinstance(split, LayerCosts):
+        return options
+    return replace(options, split=LayerCosts(*map(tuple, first.values())))
 
 
 def _size(ranks: int | None, world: World | None) -> int:

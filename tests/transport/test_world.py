@@ -97,9 +97,9 @@ def dies_in_construction(how: str) -> Any:
     ],
 )
 def test_a_rank_that_goes_during_construction_is_named(how: str, kind: str, text: str, store: str) -> None:
-    outcomes = launch(dies_in_construction, 3, how, timeout=30.0, store=store)
+    outcomes = launch(dies_in_construction, 3, how, store=store)
     for outcome in (outcomes[0], outcomes[2]):
-        assert outcome.error is None, outcome.error
+        assert outcome.error is None, f"{outcome.error}\n{outcome.output}"
         assert outcome.value[:2] == (kind, 1) and text in outcome.value[2]
 
 
