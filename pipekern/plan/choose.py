@@ -109,7 +109,7 @@ def choices(
 
 
 def lightest(found: Sequence[Choice]) -> Choice:
-    """Of those as good as as fast as the fastest the one that holds the least, with the fewest messages."""
+    """Of those as good as the fastest the one that holds the least, then the one with the fewest messages."""
     limit = min(choice.makespan for choice in found) * CLOSE
     return min(
         (choice for choice in found if choice.makespan <= limit),
