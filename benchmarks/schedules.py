@@ -5,8 +5,8 @@
 Every case runs in a process of its own, one thread, with costs that differ from stage to stage; its time is the median
 of the rounds, its memory the most that the process ever had (an interpreter with pipekern loaded is the row "nothing").
 "simulate" builds a schedule and simulates it in Python, "stream" does both at once in C++, straight from the rules.
-The last table sets bubbles beside those published (Zero Bubble Pipeline Parallelism, table 5, which has no search with V
-placement); searches have the memory of the published one, 2p activations of which about half goes with B.
+The last table sets bubbles beside those published (Zero Bubble Pipeline Parallelism, table 5, which has no search with
+V placement); searches have the memory of the published one, 2p activations of which about half goes with B.
 """
 
 from __future__ import annotations
