@@ -3,7 +3,10 @@
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+
+from torch import Tensor
+
+from pipekern.transport.base import Message
 
 class Job:
     """One rank's membership in a job."""
@@ -19,16 +22,8 @@ class Sender:
 
     def __init__(self, job: Job, number: int, name: str, target: int, slots: int) -> None: ...
     def free(self, tag: int) -> bool: ...
-    def send_tensor(
-        self,
-        tag: int,
-        pointer: int,
-        dtype: int,
-        shape: tuple[int, ...],
-        requires_grad: bool,
-        digest: int,
-    ) -> bool | None:
-        """True: sent. False: no free slot. None: the shape does not fit a header, send a bundle."""
+    def send_tensor(self, tag: int, tensor: Tensor, requires_grad: bool, digest: int) -> bool | None:
+        """True: sent. False: no free slot. None: cannot be copied as it stands, or its shape does not fit a header."""
 
     def send_bundle(self, tag: int, descriptor: bytes, tensors: Sequence[tuple[int, int]], digest: int) -> bool:
         """``tensors``: pointer and size in bytes of each."""
@@ -39,16 +34,16 @@ class Sender:
 class Arrival:
     """A bundle in its slot, which is free again when this and all views are gone."""
 
-    def view(self, offset: int, dtype: int, shape: Sequence[int]) -> object:
-        """A DLPack capsule of a tensor in the payload."""
+    def view(self, offset: int, dtype: int, shape: Sequence[int]) -> Tensor:
+        """A tensor in the payload; ``dtype`` is a place in ``message.DTYPES``."""
 
 class Receiver:
     """The receiving end of a link."""
 
     def __init__(self, job: Job, number: int, name: str, source: int, slots: int) -> None: ...
     def ready(self) -> bool: ...
-    def recv(self, tag: int, wait: float) -> tuple[Any, int, Any, int] | None:
-        """(DLPack capsule, dtype, requires_grad, digest), or for a bundle (arrival, -1, descriptor, digest).
+    def recv(self, tag: int, wait: float) -> Message | tuple[Arrival, bytes, int] | None:
+        """A message of one tensor, or of a bundle (arrival, descriptor, digest).
 
         ``wait`` in seconds, negative: no limit.
         """

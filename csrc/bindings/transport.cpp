@@ -3,8 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bind.h"
+#include "bindings/torch_tensors.h"
 #include "transport/digest.h"
-#include "transport/dlpack.h"
 #include "transport/job.h"
 #include "transport/receiver.h"
 #include "transport/sender.h"
@@ -43,48 +43,25 @@ void translate(std::exception_ptr pointer) {
     }
 }
 
-void drop_capsule(PyObject* capsule) {
-    if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // its new owner calls the deleter
-    auto* tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-    tensor->deleter(tensor);
-}
-
-py::object capsule_of(DLManagedTensor* tensor) {
-    PyObject* capsule = PyCapsule_New(tensor, "dltensor", drop_capsule);
-    if (!capsule) {
-        tensor->deleter(tensor);
-        throw py::error_already_set();
-    }
-    return py::reinterpret_steal<py::object>(capsule);
-}
-
-bool send_pieces(Sender& sender, const Label& label, const std::vector<Piece>& pieces, std::uint64_t bytes) {
-    if (bytes < kLongCopy) return sender.send(label, pieces.data(), pieces.size());
+bool send_pieces(Sender& sender, const Label& label, const Piece* pieces, std::size_t count, std::uint64_t bytes) {
+    if (bytes < kLongCopy) return sender.send(label, pieces, count);
     const py::gil_scoped_release release;
-    return sender.send(label, pieces.data(), pieces.size());
+    return sender.send(label, pieces, count);
 }
 
-// True: sent. False: no free slot. None: the shape does not fit the header, send it as a bundle.
-py::object send_tensor(Sender& sender, std::uint64_t tag, std::uintptr_t pointer, std::uint8_t dtype,
-                       const py::tuple& shape, bool requires_grad, std::uint64_t digest) {
-    Label label{tag, digest, dtype, static_cast<std::uint8_t>(shape.size()),
+// True: sent. False: no free slot. None: not a tensor that goes as it stands under a header of its own.
+py::object send_tensor(Sender& sender, std::uint64_t tag, const py::object& tensor, bool requires_grad,
+                       std::uint64_t digest) {
+    const auto plain = TorchTensors::get().plain(tensor);
+    if (!plain || plain->ndim > static_cast<std::int32_t>(kMaxDims)) return py::none();
+    Label label{tag, digest, plain->dtype, static_cast<std::uint8_t>(plain->ndim),
                 requires_grad ? kRequiresGrad : std::uint8_t{0}};
-    if (dtype >= kDtypeCount) throw py::value_error("no such dtype");
-    if (shape.size() > kMaxDims) return py::none();
-    std::uint64_t bytes = kDtypes[dtype].bits / 8;
-    for (std::size_t i = 0; i < shape.size(); ++i) {
-        const long long dim = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), static_cast<Py_ssize_t>(i)));
-        if (dim < 0) throw py::value_error("a dimension is not a natural number");
-        if (dim > UINT32_MAX) return py::none();
-        label.shape[i] = static_cast<std::uint32_t>(dim);
-        bytes *= static_cast<std::uint64_t>(dim);
+    for (std::int32_t i = 0; i < plain->ndim; ++i) {
+        if (plain->shape[i] > UINT32_MAX) return py::none();
+        label.shape[i] = static_cast<std::uint32_t>(plain->shape[i]);
     }
-    const Piece piece{reinterpret_cast<const void*>(pointer), bytes};
-    if (bytes < kLongCopy) return py::bool_(sender.send(label, &piece, 1));
-    const py::gil_scoped_release release;
-    const bool sent = sender.send(label, &piece, 1);
-    const py::gil_scoped_acquire gil;
-    return py::bool_(sent);
+    const Piece piece{plain->data, plain->bytes};
+    return py::bool_(send_pieces(sender, label, &piece, 1, plain->bytes));
 }
 
 bool send_bundle(Sender& sender, std::uint64_t tag, const std::string& descriptor,
@@ -97,7 +74,7 @@ bool send_bundle(Sender& sender, std::uint64_t tag, const std::string& descripto
         pieces.push_back({reinterpret_cast<const void*>(pointer), size});
         bytes += size;
     }
-    return send_pieces(sender, label, pieces, bytes);
+    return send_pieces(sender, label, pieces.data(), pieces.size(), bytes);
 }
 
 bool send_bytes(Sender& sender, std::uint64_t tag, const py::buffer& data) {
@@ -106,7 +83,8 @@ bool send_bytes(Sender& sender, std::uint64_t tag, const py::buffer& data) {
     if (bytes > UINT32_MAX) throw py::value_error("raw bytes of 4 GiB and more: send a tensor");
     Label label{tag, 0, 0, 1, 0};
     label.shape[0] = static_cast<std::uint32_t>(bytes);
-    return send_pieces(sender, label, {{info.ptr, bytes}}, bytes);
+    const Piece piece{info.ptr, bytes};
+    return send_pieces(sender, label, &piece, 1, bytes);
 }
 
 std::shared_ptr<Arrival> receive(Receiver& receiver, std::uint64_t tag, double wait) {
@@ -121,7 +99,18 @@ py::bytes descriptor_of(const Arrival& arrival) {
     return py::bytes(reinterpret_cast<const char*>(arrival.payload()), arrival.header().descriptor);
 }
 
-// None, or (capsule, dtype, requires_grad, digest), or for a bundle (arrival, -1, descriptor, digest).
+// base.py's Message, made as its own constructor does.
+py::object message_of(py::object value, std::uint64_t digest) {
+    static auto* type = reinterpret_cast<PyTypeObject*>(
+        py::object(py::module_::import("pipekern.transport.base").attr("Message")).release().ptr());
+    const auto message = py::reinterpret_steal<py::object>(type->tp_alloc(type, 2));
+    if (!message) throw py::error_already_set();
+    PyTuple_SET_ITEM(message.ptr(), 0, value.release().ptr());
+    PyTuple_SET_ITEM(message.ptr(), 1, py::int_(digest).release().ptr());
+    return message;
+}
+
+// None, or a Message of a tensor, or for a bundle the tuple (arrival, descriptor, digest).
 py::object recv(Receiver& receiver, std::uint64_t tag, double wait) {
     auto arrival = receive(receiver, tag, wait);
     if (!arrival) return py::none();
@@ -129,11 +118,12 @@ py::object recv(Receiver& receiver, std::uint64_t tag, double wait) {
     const std::uint64_t digest = header.digest;
     if (header.flags & kBundle) {
         py::bytes descriptor = descriptor_of(*arrival);
-        return py::make_tuple(std::move(arrival), -1, std::move(descriptor), digest);
+        return py::make_tuple(std::move(arrival), std::move(descriptor), digest);
     }
-    const int dtype = header.dtype;
     const bool requires_grad = header.flags & kRequiresGrad;
-    return py::make_tuple(capsule_of(view_of(std::move(arrival))), dtype, requires_grad, digest);
+    py::object tensor = TorchTensors::get().over(view_of(std::move(arrival)));
+    if (requires_grad) tensor.attr("requires_grad") = true;
+    return message_of(std::move(tensor), digest);
 }
 
 py::object recv_bytes(Receiver& receiver, std::uint64_t tag, double wait) {
@@ -181,7 +171,7 @@ void bind_ends(py::module_& m) {
     py::class_<Arrival, std::shared_ptr<Arrival>>(m, "Arrival")
         .def("view", [](const std::shared_ptr<Arrival>& arrival, std::uint64_t offset, std::uint8_t dtype,
                         std::vector<std::int64_t> shape) {
-            return capsule_of(view_of(arrival, offset, dtype, std::move(shape)));
+            return TorchTensors::get().over(view_of(arrival, offset, dtype, std::move(shape)));
         });
     py::class_<Receiver, std::shared_ptr<Receiver>>(m, "Receiver")
         .def(py::init(&make_end<Receiver>), "job"_a, "number"_a, "name"_a, "source"_a, "slots"_a, unlocked())

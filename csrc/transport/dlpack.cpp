@@ -5,15 +5,13 @@
 namespace pipekern {
 namespace {
 
-constexpr std::int32_t kCpu = 1;
-
 struct View {
-    DLManagedTensor tensor;
-    std::vector<std::int64_t> shape;
+    DLManagedTensorVersioned tensor;
+    std::vector<std::int64_t> shape;  // then the strides
     std::shared_ptr<const Arrival> arrival;
 };
 
-void release(DLManagedTensor* tensor) { delete static_cast<View*>(tensor->manager_ctx); }
+void release(DLManagedTensorVersioned* tensor) { delete static_cast<View*>(tensor->manager_ctx); }
 
 bool fits(std::uint64_t offset, unsigned __int128 bytes, std::uint64_t payload) {
     return offset <= payload && bytes <= payload - offset;
@@ -21,8 +19,8 @@ bool fits(std::uint64_t offset, unsigned __int128 bytes, std::uint64_t payload) 
 
 }  // namespace
 
-DLManagedTensor* view_of(std::shared_ptr<const Arrival> arrival, std::uint64_t offset, std::uint8_t dtype,
-                         std::vector<std::int64_t> shape) {
+DLManagedTensorVersioned* view_of(std::shared_ptr<const Arrival> arrival, std::uint64_t offset, std::uint8_t dtype,
+                                  std::vector<std::int64_t> shape) {
     unsigned __int128 bytes = dtype < kDtypeCount ? kDtypes[dtype].bits / 8 : 0;
     bool sane = bytes != 0;
     for (std::int64_t dim : shape) {
@@ -32,19 +30,24 @@ DLManagedTensor* view_of(std::shared_ptr<const Arrival> arrival, std::uint64_t o
     if (!sane || !fits(offset, bytes, arrival->header().bytes))
         throw Failure(Fault::kTransport, -1, "a tensor reaches beyond its message");
 
+    const std::size_t ndim = shape.size();
+    shape.resize(2 * ndim);
+    for (std::size_t i = ndim; i-- > 0;) shape[ndim + i] = i + 1 < ndim ? shape[ndim + i + 1] * shape[i + 1] : 1;
     auto* view = new View{{}, std::move(shape), std::move(arrival)};
     DLTensor& tensor = view->tensor.dl_tensor;
     tensor.data = view->arrival->payload() + offset;
-    tensor.device = {kCpu, 0};
-    tensor.ndim = static_cast<std::int32_t>(view->shape.size());
+    tensor.device = {kDlpackCpu, 0};
+    tensor.ndim = static_cast<std::int32_t>(ndim);
     tensor.dtype = {kDtypes[dtype].code, kDtypes[dtype].bits, 1};
     tensor.shape = view->shape.data();
+    tensor.strides = tensor.shape + ndim;
+    view->tensor.version = {kDlpackMajor, 0};
     view->tensor.manager_ctx = view;
     view->tensor.deleter = release;
     return &view->tensor;
 }
 
-DLManagedTensor* view_of(std::shared_ptr<const Arrival> arrival) {
+DLManagedTensorVersioned* view_of(std::shared_ptr<const Arrival> arrival) {
     const Header& header = arrival->header();
     std::vector<std::int64_t> shape(header.shape, header.shape + header.ndim);
     const std::uint8_t dtype = header.dtype;

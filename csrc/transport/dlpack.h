@@ -1,4 +1,4 @@
-// DLPack's legacy structures (the ABI that every torch reads), and views of a message in them.
+// DLPack's structures, version 1, and views of a message in them.
 #pragma once
 
 #include <cstddef>
@@ -29,19 +29,27 @@ struct DLTensor {
     std::int64_t* strides;
     std::uint64_t byte_offset;
 };
-struct DLManagedTensor {
-    DLTensor dl_tensor;
+struct DLPackVersion {
+    std::uint32_t major;
+    std::uint32_t minor;
+};
+struct DLManagedTensorVersioned {
+    DLPackVersion version;
     void* manager_ctx;
-    void (*deleter)(DLManagedTensor*);
+    void (*deleter)(DLManagedTensorVersioned*);
+    std::uint64_t flags;
+    DLTensor dl_tensor;
 };
 }
+constexpr std::int32_t kDlpackCpu = 1;
+constexpr std::uint32_t kDlpackMajor = 1;
 
 // A contiguous tensor in the message's payload; it refers to the message until its deleter is called. `dtype` is a
 // place in kDtypes. Raises where it would reach beyond the payload.
-DLManagedTensor* view_of(std::shared_ptr<const Arrival> arrival, std::uint64_t offset, std::uint8_t dtype,
-                         std::vector<std::int64_t> shape);
+DLManagedTensorVersioned* view_of(std::shared_ptr<const Arrival> arrival, std::uint64_t offset, std::uint8_t dtype,
+                                  std::vector<std::int64_t> shape);
 
 // The one tensor of a message that is not a bundle.
-DLManagedTensor* view_of(std::shared_ptr<const Arrival> arrival);
+DLManagedTensorVersioned* view_of(std::shared_ptr<const Arrival> arrival);
 
 }  // namespace pipekern

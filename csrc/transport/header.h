@@ -31,17 +31,17 @@ struct Header {
 };
 static_assert(sizeof(Header) == 64 && std::atomic<std::uint64_t>::is_always_lock_free);
 
-// DLPack's type code and bits, in the order of message.py's DTYPES. Types that DLPack had not from the start go as
-// bytes.
+// DLPack's type code and bits, in the order of message.py's DTYPES.
 struct Dtype {
     std::uint8_t code;
     std::uint8_t bits;
 };
 constexpr std::uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6;
+constexpr std::uint8_t kE4m3fn = 10, kE4m3fnuz = 11, kE5m2 = 12, kE5m2fnuz = 13, kE8m0fnu = 14;
 constexpr Dtype kDtypes[] = {
-    {kUInt, 8},      {kInt, 8},    {kInt, 16},    {kInt, 32},   {kInt, 64},   {kUInt, 16},    {kUInt, 32},
-    {kUInt, 64},     {kFloat, 16}, {kBfloat, 16}, {kFloat, 32}, {kFloat, 64}, {kComplex, 32}, {kComplex, 64},
-    {kComplex, 128}, {kBool, 8},   {kUInt, 8},    {kUInt, 8},   {kUInt, 8},   {kUInt, 8},     {kUInt, 8},
+    {kUInt, 8},      {kInt, 8},    {kInt, 16},    {kInt, 32},   {kInt, 64},     {kUInt, 16},    {kUInt, 32},
+    {kUInt, 64},     {kFloat, 16}, {kBfloat, 16}, {kFloat, 32}, {kFloat, 64},   {kComplex, 32}, {kComplex, 64},
+    {kComplex, 128}, {kBool, 8},   {kE4m3fn, 8},  {kE5m2, 8},   {kE4m3fnuz, 8}, {kE5m2fnuz, 8}, {kE8m0fnu, 8},
 };
 constexpr std::size_t kDtypeCount = sizeof kDtypes / sizeof *kDtypes;
 

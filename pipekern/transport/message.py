@@ -107,7 +107,8 @@ def assemble(descriptor: bytes, tensor_of: Callable[[TensorSpec], Tensor]) -> An
 def plain(tensor: Tensor, place: str = "the value") -> Tensor:
     """``tensor`` detached, contiguous, in CPU memory, without lazy conjugation; raises ``ConfigError``."""
     check_plain(tensor, place)
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    whole = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return whole if whole.data_ptr() or not whole.numel() else whole.clone()  # known to be zero, and without memory
 
 
 def check_plain(tensor: Tensor, place: str) -> None:

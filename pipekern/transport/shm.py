@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipekern import _C
@@ -24,8 +23,6 @@ from pipekern.transport.base import Link, Message
 from pipekern.transport.message import DTYPE_CODE
 
 _ALIGN = 64  # of every tensor in a bundle
-_FIRST_FP8 = DTYPE_CODE[torch.float8_e4m3fn]  # from here on a dtype travels as bytes
-_from_dlpack = torch._C._from_dlpack  # what torch.utils.dlpack.from_dlpack does with a capsule, 0.13 µs later
 _TEXT_BYTES = 8000  # of a failure, with its traceback, on the job's page
 
 
@@ -40,19 +37,16 @@ class ShmSender:
     def send(self, tag: int, value: Any, digest: int = 0) -> bool:
         """See :meth:`pipekern.transport.base.Sender.send`."""
         if type(value) is Tensor or isinstance(value, Tensor):  # the second test takes 0.1 µs
-            plain = value
-            if not _is_plain(value):
-                if not self.end.free(tag):  # looked at first: a copy that cannot be sent is for nothing
-                    return False
-                plain = message.plain(value)
-            sent = self._send_tensor(
-                tag, plain.data_ptr(), DTYPE_CODE[plain.dtype], plain.shape, value.requires_grad, digest
-            )
+            sent = self._send_tensor(tag, value, value.requires_grad, digest)
             if sent is not None:
                 return sent
-        if not self.end.free(tag):
+        if not self.end.free(tag):  # looked at first: a copy that cannot be sent is for nothing
             return False
-        descriptor, tensors = message.pack(value, _as_is)
+        if isinstance(value, Tensor):
+            sent = self._send_tensor(tag, message.plain(value), value.requires_grad, digest)
+            if sent is not None:
+                return sent
+        descriptor, tensors = message.pack(value)
         return self.end.send_bundle(tag, descriptor, [(part.data_ptr(), part.nbytes) for part in tensors], digest)
 
 
@@ -71,13 +65,10 @@ class ShmReceiver:
     def recv(self, tag: int, wait: float | None = None) -> Message | None:
         """See :meth:`pipekern.transport.base.Receiver.recv`."""
         arrived = self._recv(tag, -1.0 if wait is None else max(wait, 0.0))
-        if arrived is None:
-            return None
-        content, dtype, extra, digest = arrived
-        if dtype < 0:
-            return Message(_unbundle(content, extra), digest)
-        tensor = _from_dlpack(content) if dtype < _FIRST_FP8 else _tensor(content, dtype)
-        return Message(tensor.requires_grad_() if extra else tensor, digest)
+        if type(arrived) is not tuple:
+            return arrived
+        arrival, descriptor, digest = arrived
+        return Message(_unbundle(arrival, descriptor), digest)
 
     def held(self) -> list[tuple[int, ...]]:
         """See :meth:`pipekern.transport.base.Receiver.held`; of a bundle, all shapes until its last tensor is gone."""
@@ -154,37 +145,12 @@ def _leave(reference: weakref.ref[ShmTransport]) -> None:
     transport.close()
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor's memory can be copied as it stands: no conversion by ``message.plain`` is needed."""
-    kind = type(tensor)
-    return (
-        (kind is Tensor or kind is torch.nn.Parameter)
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-        and tensor.dtype in DTYPE_CODE
-        and tensor.is_contiguous()
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-    )
-
-
-def _tensor(capsule: object, dtype: int) -> Tensor:
-    tensor = _from_dlpack(capsule)
-    return tensor.view(message.DTYPES[dtype]) if dtype >= _FIRST_FP8 else tensor
-
-
-def _as_is(tensor: Tensor, place: str) -> Tensor:
-    return tensor if _is_plain(tensor) else message.plain(tensor, place)
-
-
 def _unbundle(arrival: _C.Arrival, descriptor: bytes) -> Any:
     offset = _aligned(len(descriptor))
 
     def tensor_of(spec: message.TensorSpec) -> Tensor:
         nonlocal offset
-        code = DTYPE_CODE[spec.dtype]
-        tensor = _tensor(arrival.view(offset, code, spec.shape), code)
+        tensor = arrival.view(offset, DTYPE_CODE[spec.dtype], spec.shape)
         offset = _aligned(offset + spec.nbytes)
         return tensor
 

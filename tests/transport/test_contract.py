@@ -70,7 +70,9 @@ def sample(seed: int) -> list[Any]:
         torch.tensor(float("nan")).requires_grad_(),
         torch.randn(1, 2, 1, 3, 1, 2, generator=g),
         torch.complex(matrix, matrix).conj(),
-        matrix.to(torch.float8_e4m3fn),
+        torch.complex(matrix, matrix).conj().imag,  # negated when it is read
+        torch._efficientzerotensor(3),  # has no memory
+        *(torch.randint(0, 2, (64,), generator=g, dtype=torch.uint8).view(dtype) for dtype in message.DTYPES),
         None,
         True,
         -(2**70),

@@ -121,8 +121,8 @@ void bundle_views() {
     label.descriptor = 2;
     CHECK(link.sender.send(label, pieces, 3));
     auto arrival = link.receiver.take(4);
-    DLManagedTensor* one = view_of(arrival, 64, 11, {2});
-    DLManagedTensor* two = view_of(arrival, 128, 0, {3, 1});
+    DLManagedTensorVersioned* one = view_of(arrival, 64, 11, {2});
+    DLManagedTensorVersioned* two = view_of(arrival, 128, 0, {3, 1});
     CHECK_RAISES(Fault::kTransport, -1, "beyond", view_of(arrival, 128, 0, {4}));
     CHECK_RAISES(Fault::kTransport, -1, "beyond", view_of(arrival, 64, 11, {1LL << 40, 1LL << 40}));
     CHECK_RAISES(Fault::kTransport, -1, "beyond", view_of(arrival, 1 << 20, 0, {0}));
