@@ -24,7 +24,7 @@ train: $(VENV)/built
 
 test: lint types python-tests csrc-tests
 
-test-all: lint types csrc-tests
+test-all: lint types csrc-tests $(VENV)/proved
 	$(RUN) -m pytest -q -m "full or not full" $(ARGS)
 
 install: $(VENV)/built
@@ -72,6 +72,10 @@ $(VENV)/installed: requirements/train.txt $(VENV)/made
 	touch $@
 
 $(VENV)/tested: requirements/test.txt requirements/train.txt $(VENV)/installed
+	$(PIP) --quiet -r $<
+	touch $@
+
+$(VENV)/proved: requirements/prove.txt $(VENV)/tested
 	$(PIP) --quiet -r $<
 	touch $@
 

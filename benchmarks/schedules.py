@@ -40,6 +40,7 @@ GOALS = {  # seconds, MiB
     ("search", "v", 64, 256): (1, None),
     ("partition", "speeds and cut costs", 2000, 256): (2, None),
     ("partition", "step of 1024 micro-batches", 2000, 256): (2, None),
+    ("partition", "step of 16 micro-batches", 2000, 256): (2, None),
 }
 PUBLISHED = (  # p, m, F, B, W, c, then bubble rates: 1f1b and zb-h1 of the makespan, zb-h2 and the search of the span
     (8, 24, 18522, 18086, 9337, 601, 0.2431, 0.1585, 0.1083, 0.0433),
@@ -54,6 +55,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
     "speeds and cut costs": {"speeds": True, "cut_costs": True},
     "step of 1024 micro-batches": {"speeds": True, "cut_costs": True, "microbatches": 1024},
+    "step of 16 micro-batches": {"speeds": True, "cut_costs": True, "microbatches": 16},
 }
 
 

@@ -89,3 +89,22 @@ def search(
     good_enough: tuple[float, float],
     work: int,
 ) -> tuple[list[bytes], float, float]: ...
+
+class Lattice:
+    """All cuts of a row of layers: ``pipekern.plan.lattice``'s, with integers as 16 bytes each, the lowest first."""
+
+    def __init__(
+        self,
+        steps: Sequence[Sequence[Sequence[tuple[int, int]]]],
+        left: Sequence[Sequence[bytes]],
+        done: bytes,
+        cuts: bytes,
+        factors: bytes,
+        held: Sequence[bytes],
+        caps: bytes,
+        least_cuts: bytes,
+    ) -> None: ...
+    def cheapest(
+        self, windows: Sequence[Sequence[tuple[int, int]]], limit: bytes, budget: bytes
+    ) -> tuple[list[int], list[int], bytes] | None:
+        """(bounds, devices, total); None where no cut has stages of at most ``limit`` and a total below ``budget``."""

@@ -8,5 +8,6 @@ namespace pipekern {
 void bind_transport(pybind11::module_& m);
 void bind_schedule(pybind11::module_& m);
 void bind_search(pybind11::module_& m);
+void bind_plan(pybind11::module_& m);
 
 }  // namespace pipekern

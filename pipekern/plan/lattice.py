@@ -198,10 +198,10 @@ class Lattice:
 
     def filling(self, k: int, node: int, limit: int) -> Filling:
         """What the devices that are left after a node can do."""
-        return Filling.of(self._left[k][node], limit)
+        return Filling.of(self.left[k][node], limit)
 
     @cached_property
-    def _left(self) -> list[list[list[tuple[int, int]]]]:
+    def left(self) -> list[list[list[tuple[int, int]]]]:
         """For every node, (factor, count) of the devices that are left, the fastest first."""
         return [[self._grouped(node.left) for node in level] for level in self.levels]
 

@@ -6,7 +6,7 @@ import heapq
 from typing import NamedTuple
 
 from pipekern.plan.lattice import Lattice
-from pipekern.plan.table import Corridor, Cut, Table
+from pipekern.plan.table import Cheapest, Cut, cheapest_of
 
 
 def smallest_bottleneck(lattice: Lattice) -> Cut | None:
@@ -14,6 +14,10 @@ def smallest_bottleneck(lattice: Lattice) -> Cut | None:
 
     Exact, by bisection over integers: first over what would do if cuts were free, then over what does.
     """
+    return _shortest_longest(lattice, cheapest_of(lattice))
+
+
+def _shortest_longest(lattice: Lattice, cheapest: Cheapest) -> Cut | None:
     if not lattice.windows(lattice.endless):
         return None
     low, high = 0, lattice.endless
@@ -23,17 +27,17 @@ def smallest_bottleneck(lattice: Lattice) -> Cut | None:
             low = middle + 1
         else:
             high = middle
-    best = Table(lattice, low).cut()
+    best = cheapest(low, lattice.endless)
     step = 2 * max(lattice.cuts) or 1
     while best is None:
         if low > lattice.endless:
             return None
         low, high = high + 1, high + step
-        best = Table(lattice, high).cut()
+        best = cheapest(high, lattice.endless)
         step *= 2
     while low < best.longest:
         middle = (low + best.longest - 1) // 2
-        better = Table(lattice, middle).cut()
+        better = cheapest(middle, lattice.endless)
         if better is None:
             low = middle + 1
         else:
@@ -47,7 +51,8 @@ def shortest_step(lattice: Lattice, microbatches: int) -> Cut | None:
     Exact, by branch and bound over the limit of the longest stage: under a higher limit the total can only be smaller,
     so that a range of limits is at best the total of its highest with the longest stage of its lowest.
     """
-    best = smallest_bottleneck(lattice)
+    cheapest = cheapest_of(lattice)
+    best = _shortest_longest(lattice, cheapest)
     if best is None:
         return None
     repeats = microbatches - 1
@@ -55,31 +60,29 @@ def shortest_step(lattice: Lattice, microbatches: int) -> Cut | None:
     likely = _likeliest(lattice, least, repeats)
     ranges: list[_Range] = []
 
-    def add(low: int, high: int, total: int, corridor: Corridor | None) -> None:
+    def add(low: int, high: int, total: int) -> None:
         if low <= high:
             total = max(total, lattice.least_total(high))
-            heapq.heappush(ranges, _Range(total + repeats * low, low, high, total, corridor))
+            heapq.heappush(ranges, _Range(total + repeats * low, low, high, total))
 
-    add(least, likely, 0, None)
-    add(likely + 1, lattice.endless, 0, None)
+    add(least, likely, 0)
+    add(likely + 1, lattice.endless, 0)
     while ranges:
-        bound, low, high, total, corridor = heapq.heappop(ranges)
+        bound, low, high, total = heapq.heappop(ranges)
         goal = _step(best, repeats)
         if bound >= goal:
             break
         useful = (goal - 1 - total) // repeats if repeats else high
         if (high - useful) * 8 > high - low:
-            add(low, useful, total, corridor)
+            add(low, useful, total)
             continue
-        table = Table(lattice, high, goal - repeats * low, corridor)
-        cut = table.cut()
+        cut = cheapest(high, goal - repeats * low)
         if cut is None:
             continue
         best = min(best, cut, key=lambda one: (_step(one, repeats), one.longest))
-        corridor = table.corridor(_step(best, repeats) - repeats * low)
         middle = (low + cut.longest) // 2
-        add(low, middle - 1, cut.total, corridor)
-        add(middle, cut.longest - 1, cut.total, corridor)
+        add(low, middle - 1, cut.total)
+        add(middle, cut.longest - 1, cut.total)
     return best
 
 
@@ -90,7 +93,6 @@ class _Range(NamedTuple):
     low: int
     high: int
     total: int
-    corridor: Corridor | None
 
 
 def _step(cut: Cut, repeats: int) -> int:

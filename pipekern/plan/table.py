@@ -1,11 +1,19 @@
-"""The cheapest cut under a limit on every stage's time: a dynamic programme over the lattice."""
+"""The cheapest cut under a limit on every stage's time: a dynamic programme over the lattice.
+
+Large lattices need it some hundred times: ``csrc/plan/cut.cpp`` is the same programme, a hundred times as fast. This
+one stands in where pipekern was installed without a compiler, and for integers that do not fit in its 128 bits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
-from pipekern.plan.lattice import Filling, Lattice
+from pipekern.plan.lattice import Lattice
+
+_BYTES = 16
+_BITS = 126
 
 
 class Cut(NamedTuple):
@@ -15,6 +23,51 @@ class Cut(NamedTuple):
     devices: tuple[int, ...]
     total: int
     longest: int
+
+
+Cheapest = Callable[[int, int], Cut | None]
+
+
+def cheapest_of(lattice: Lattice) -> Cheapest:
+    """A function of ``limit`` and ``budget``.
+
+    It returns the cut of the smallest total among those with stages of at most ``limit`` and a total below ``budget``;
+    None where there is none.
+    """
+    largest = max(lattice.endless, *lattice.caps, *(row[-1] for row in lattice.held), 0)
+    try:
+        from pipekern import _C
+    except ImportError:
+        return lambda limit, budget: Table(lattice, limit, budget).cut()
+    if largest.bit_length() > _BITS:
+        return lambda limit, budget: Table(lattice, limit, budget).cut()
+    table = _C.Lattice(
+        [[node.steps for node in level] for level in lattice.levels],
+        [[_packed(number for pair in left for number in pair) for left in level] for level in lattice.left],
+        _packed(lattice.done),
+        _packed(lattice.cuts),
+        _packed(lattice.factors),
+        [_packed(row) for row in lattice.held],
+        _packed(lattice.caps),
+        _packed(lattice.least_cuts),
+    )
+
+    def cheapest(limit: int, budget: int) -> Cut | None:
+        windows = lattice.windows(limit)
+        found = table.cheapest(windows, _packed([limit]), _packed([budget])) if windows else None
+        return _cut(lattice, found[0], found[1], int.from_bytes(found[2], "little", signed=True)) if found else None
+
+    return cheapest
+
+
+def _packed(numbers: Iterable[int]) -> bytes:
+    return b"".join(number.to_bytes(_BYTES, "little", signed=True) for number in numbers)
+
+
+def _cut(lattice: Lattice, bounds: Iterable[int], devices: Iterable[int], total: int) -> Cut:
+    bounds, devices = tuple(bounds), tuple(devices)
+    longest = max(lattice.time(a, b, d) for (a, b), d in zip(pairwise(bounds), devices, strict=True))
+    return Cut(bounds, devices, total, longest)
 
 
 class _Row(NamedTuple):
@@ -36,33 +89,23 @@ class _Row(NamedTuple):
         return _Row(self.low + part.start, self.totals[part], self.starts[part], self.steps[part])
 
 
-Corridor = list[list[dict[int, int]]]
-
-
 class Table:
     """Of every node and end, the smallest total time of stages of at most ``limit`` that lead there.
 
-    Ends from which the whole cannot stay below ``budget`` are left out. ``corridor`` is that of a table with no lower
-    limit and budget.
+    Ends from which the whole cannot stay below ``budget`` are left out.
     """
 
-    def __init__(self, lattice: Lattice, limit: int, budget: int | None = None, corridor: Corridor | None = None):
+    def __init__(self, lattice: Lattice, limit: int, budget: int):
         self.lattice = lattice
         self.limit = limit
-        self.budget = lattice.endless if budget is None else budget
+        self.budget = budget
         self.rows: list[list[_Row]] = [[_Row(0, [0], [-1], [-1])]]
         for k, level in enumerate(lattice.windows(limit)[1:], 1):
-            ahead = corridor[k] if corridor is not None else [None] * len(level)
             before = self.rows[-1]
-            self.rows.append(
-                [self._row(k, node, *one, before) for node, one in enumerate(zip(level, ahead, strict=True))]
-            )
+            self.rows.append([self._row(k, node, window, before) for node, window in enumerate(level)])
 
-    def _row(
-        self, k: int, node: int, window: tuple[int, int], ahead: dict[int, int] | None, before: list[_Row]
-    ) -> _Row:
-        lattice = self.lattice
-        low, high = window if ahead is None else _narrowed(window, ahead)
+    def _row(self, k: int, node: int, window: tuple[int, int], before: list[_Row]) -> _Row:
+        lattice, (low, high) = self.lattice, window
         steps = [(i, before[o], d) for i, (o, d) in enumerate(lattice.levels[k][node].steps) if before[o].totals]
         low = max(low, min((row.low for _, row, _ in steps), default=lattice.layers) + 1)
         high = min(high, max((lattice.far(k, r.high, d, self.limit) for _, r, d in steps), default=-1))
@@ -70,22 +113,18 @@ class Table:
         row = _Row(low, [-1] * size, [-1] * size, [-1] * size)
         for step, origin, device in steps:
             self._extend(k, row, step, origin, device)
-        if self.budget < lattice.endless:
-            self._prune(k, row, lattice.filling(k, node, self.limit) if ahead is None else ahead)
+        self._prune(k, node, row)
         return row.trimmed()
 
-    def _prune(self, k: int, row: _Row, ahead: dict[int, int] | Filling) -> None:
+    def _prune(self, k: int, node: int, row: _Row) -> None:
         """Drop the ends from which the rest cannot stay below the budget."""
         lattice = self.lattice
         room = self.budget - lattice.least_cuts[k]
+        filling = lattice.filling(k, node, self.limit)
         for index, total in enumerate(row.totals):
             end = row.low + index
-            if isinstance(ahead, Filling):
-                cut = lattice.cuts[end] if k < lattice.parts else 0
-                good = total + cut + ahead.least(lattice.done[-1] - lattice.done[end]) < room
-            else:
-                good = total + ahead.get(end, lattice.endless) < self.budget
-            if not good:
+            cut = lattice.cuts[end] if k < lattice.parts else 0
+            if total + cut + filling.least(lattice.done[-1] - lattice.done[end]) >= room:
                 row.totals[index] = -1
 
     def _extend(self, k: int, row: _Row, step: int, origin: _Row, device: int) -> None:
@@ -132,38 +171,4 @@ class Table:
             node, device = lattice.levels[k][node].steps[row.steps[index]]
             bounds.append(row.starts[index])
             devices.append(device)
-        bounds.reverse()
-        devices.reverse()
-        longest = max(lattice.time(a, b, d) for (a, b), d in zip(pairwise(bounds), devices, strict=True))
-        return Cut(tuple(bounds), tuple(devices), total, longest)
-
-    def corridor(self, budget: int) -> Corridor:
-        """What is left to do from every end that is on a cut with a total below ``budget``."""
-        lattice, rows = self.lattice, self.rows
-        ahead: Corridor = [[{} for _ in level] for level in lattice.levels]
-        for node, row in enumerate(rows[-1]):
-            if row.totals and row.totals[-1] < budget:
-                ahead[-1][node][lattice.layers] = 0
-        for k in range(lattice.parts, 0, -1):
-            for node, (steps, _) in enumerate(lattice.levels[k]):
-                for origin, device in steps:
-                    self._lead(k, ahead[k][node], rows[k - 1][origin], device, budget, ahead[k - 1][origin])
-        return ahead
-
-    def _lead(self, k: int, ahead: dict[int, int], row: _Row, device: int, budget: int, into: dict[int, int]) -> None:
-        """Enter into ``into`` the rest from every end of ``row`` over a stage on ``device``."""
-        lattice, low = self.lattice, row.low
-        factor = lattice.factors[device]
-        for end, rest in ahead.items():
-            gain = lattice.done[end] * factor + lattice.cuts[end]
-            first = max(lattice.near(k, end, device, self.limit), low)
-            for start in range(first, min(end, row.high + 1)):
-                time = gain - lattice.done[start] * factor + lattice.cuts[start]
-                total = row.totals[start - low]
-                good = time <= self.limit and 0 <= total < budget - rest - time
-                if good and rest + time < into.get(start, lattice.endless):
-                    into[start] = rest + time
-
-
-def _narrowed(window: tuple[int, int], ahead: dict[int, int]) -> tuple[int, int]:
-    return (max(window[0], min(ahead)), min(window[1], max(ahead))) if ahead else (1, 0)
+        return _cut(lattice, reversed(bounds), reversed(devices), total)

@@ -65,7 +65,7 @@ class ShmReceiver:
     def recv(self, tag: int, wait: float | None = None) -> Message | None:
         """See :meth:`pipekern.transport.base.Receiver.recv`."""
         arrived = self._recv(tag, -1.0 if wait is None else max(wait, 0.0))
-        if type(arrived) is not tuple:
+        if arrived is None or isinstance(arrived, Message):
             return arrived
         arrival, descriptor, digest = arrived
         return Message(_unbundle(arrival, descriptor), digest)

@@ -1,38 +1,99 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations, pairwise
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate, combinations, pairwise, permutations
 
-from pipekern.plan.lattice import Lattice, fixed_order
-from pipekern.plan.table import Table
+import pytest
+
+from pipekern.plan.lattice import Lattice, fixed_order, free_order
+from pipekern.plan.table import Cut, Table, cheapest_of
 from tests.plan.test_lattice import lattice
 
+Way = Callable[[Lattice, int, int], Cut | None]
+HUGE = 1 << 130  # no 128 bits hold it: left to Python
 
-def test_golden_limit_and_budget() -> None:
+
+def python(one: Lattice, limit: int, budget: int) -> Cut | None:
+    return Table(one, limit, budget).cut()
+
+
+def compiled(one: Lattice, limit: int, budget: int) -> Cut | None:
+    return cheapest_of(one)(limit, budget)
+
+
+def huge(one: Lattice, limit: int, budget: int) -> Cut | None:
+    scaled = replace(
+        one,
+        done=[HUGE * value for value in one.done],
+        cuts=[HUGE * value for value in one.cuts],
+        held=[[HUGE * value for value in row] for row in one.held],
+        caps=[HUGE * cap for cap in one.caps],
+    )
+    cut = cheapest_of(scaled)(HUGE * limit, HUGE * budget)
+    return cut and cut._replace(total=cut.total // HUGE, longest=cut.longest // HUGE)
+
+
+both = pytest.mark.parametrize("cheapest", [python, compiled, huge])
+
+
+@both
+def test_golden_limit_and_budget(cheapest: Way) -> None:
     """Layers of 1, 2 and 3 on two devices, cuts of 5 and 0 between them."""
     one = Lattice(fixed_order(2), [0, 1, 3, 6], [0, 5, 0, 0], [1, 1], [], [])
-    cut = Table(one, 100).cut()
+    cut = cheapest(one, 100, 100)
     assert cut is not None and (cut.bounds, cut.total, cut.longest) == ((0, 2, 3), 6, 3)
-    assert Table(one, 2).cut() is None
-    assert Table(one, 100, budget=6).cut() is None and Table(one, 100, budget=7).cut() == cut
+    assert cheapest(one, 2, 100) is None
+    assert cheapest(one, 100, 6) is None and cheapest(one, 100, 7) == cut
 
 
-def test_cheapest_of_all_cuts_with_any_budget_and_corridor() -> None:
+@both
+def test_cheapest_of_all_cuts_with_any_budget(cheapest: Way) -> None:
     rng = random.Random()
     for _ in range(60):
         parts, layers = rng.randint(1, 4), rng.randint(4, 8)
         one = lattice(parts, layers, rng)
-        limit = rng.randint(5, 80)
-        every = [(0, *inner, layers) for inner in combinations(range(1, layers), parts - 1)]
-        times = [[one.time(a, b, k) for k, (a, b) in enumerate(pairwise(bounds))] for bounds in every]
-        totals = [sum(each) for each in times if max(each) <= limit]
-        table = Table(one, limit)
-        cut = table.cut()
+        if rng.random() < 0.5:
+            held = [[0, *accumulate(rng.randint(0, 9) for _ in range(layers))] for _ in range(parts)]
+            one = replace(one, held=held, caps=[rng.randint(5, 30) for _ in range(parts)])
+        limit, budget = rng.randint(5, 80), rng.randint(20, 200)
+        every = [list(pairwise((0, *inner, layers))) for inner in combinations(range(1, layers), parts - 1)]
+        fitting = [cut for cut in every if all(_fits(one, k, *stage, k) for k, stage in enumerate(cut))]
+        times = [[one.time(a, b, k) for k, (a, b) in enumerate(cut)] for cut in fitting]
+        totals = [sum(each) for each in times if max(each) <= limit and sum(each) < budget]
+        cut = cheapest(one, limit, budget)
         assert (cut.total if cut else None) == min(totals, default=None)
         if cut:
             assert cut.longest == max(one.time(a, b, k) for k, (a, b) in enumerate(pairwise(cut.bounds))) <= limit
-            budget = cut.total + rng.randint(0, 20)
-            lower = rng.randint(0, limit)
-            under = [sum(each) for each in times if max(each) <= lower and sum(each) < budget]
-            again = Table(one, lower, budget, table.corridor(budget)).cut()
-            assert (again.total if again else None) == min(under, default=None)
+
+
+def _fits(one: Lattice, k: int, start: int, end: int, device: int) -> bool:
+    return not one.held or one.held[k][end] - one.held[k][start] <= one.caps[device]
+
+
+@both
+def test_cheapest_of_all_orders(cheapest: Way) -> None:
+    rng = random.Random()
+    for _ in range(30):
+        counts = [rng.randint(0, 2), rng.randint(1, 2)]
+        parts, layers = rng.randint(1, sum(counts)), rng.randint(4, 7)
+        one = replace(lattice(parts, layers, rng), levels=free_order(parts, counts), factors=[1, 3])
+        limit = rng.randint(5, 60)
+        orders = set(permutations([0] * counts[0] + [1] * counts[1], parts))
+        totals = []
+        for bounds in combinations(range(1, layers), parts - 1):
+            stages = list(pairwise((0, *bounds, layers)))
+            for order in orders:
+                times = [one.time(a, b, device) for (a, b), device in zip(stages, order, strict=True)]
+                totals += [sum(times)] if max(times) <= limit else []
+        cut = cheapest(one, limit, one.endless)
+        assert (cut.total if cut else None) == min(totals, default=None)
+
+
+def test_compiled_and_python_find_the_same_cut() -> None:
+    rng = random.Random()
+    for _ in range(20):
+        one = lattice(rng.randint(2, 12), rng.randint(20, 60), rng)
+        limit = rng.randint(20, 400)
+        assert compiled(one, limit, one.endless) == python(one, limit, one.endless)
