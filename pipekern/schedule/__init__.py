@@ -24,6 +24,7 @@ from pipekern.schedule.ir import OPS, Action, Schedule
 from pipekern.schedule.registry import Entry, Grid, build, describe, names, register
 from pipekern.schedule.search import SearchResult, search
 from pipekern.schedule.simulate import Costs, simulate
+from pipekern.schedule.stream import simulate_large
 from pipekern.schedule.validate import check
 
 __all__ = [
@@ -45,5 +46,6 @@ __all__ = [
     "register",
     "search",
     "simulate",
+    "simulate_large",
     "torch_csv",
 ]
