@@ -66,7 +66,7 @@ class Measured:
 
 
 class LayerTimes(Protocol):
-    """What ``pipekern.runtime.profile.LayerCosts`` has: microseconds a layer, the backward in one piece."""
+    """What ``pipekern.runtime.profile.LayerCosts`` has: microseconds a layer, as in :class:`Layer`."""
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -74,6 +74,8 @@ class LayerTimes(Protocol):
     def forward(self) -> Sequence[float]: ...
     @property
     def backward(self) -> Sequence[float]: ...
+    @property
+    def weight(self) -> Sequence[float]: ...
 
 
 def measured(
@@ -84,7 +86,7 @@ def measured(
     activations: Sequence[float] | None = None,
     outputs: Sequence[float] | None = None,
 ) -> Measured:
-    """The model of measured times, half of each backward taken as the weight gradient; bytes as in :class:`Layer`.
+    """The model of measured times; bytes as in :class:`Layer`.
 
     Raises ``ConfigError`` for lists of different lengths and for values that are negative or not finite.
     """
@@ -93,6 +95,7 @@ def measured(
     lists = {
         "forward": times.forward,
         "backward": times.backward,
+        "weight": times.weight,
         "parameters": parameters or zero,
         "activations": activations or zero,
         "outputs": outputs or zero,
@@ -100,11 +103,7 @@ def measured(
     for name, values in lists.items():
         if len(values) != count:
             raise ConfigError(f"{name} has {len(values)} values; there are {count} layers: give one each")
-    rows = [
-        Layer(name, forward, backward / 2, backward / 2, parameters, activations, output)
-        for name, forward, backward, parameters, activations, output in zip(times.names, *lists.values(), strict=True)
-    ]
-    return Measured(rows, samples)
+    return Measured([Layer(*row) for row in zip(times.names, *lists.values(), strict=True)], samples)
 
 
 @dataclass(frozen=True)
@@ -188,14 +187,14 @@ def read(data: Mapping[str, Any]) -> Measured | Estimated:
 
     ``{"transformer": {layers, dim, heads, vocab, sequence}}``; ``{"layers": [...]}`` with the fields of :class:`Work`
     and ``width``, or with those of :class:`Layer` and the ``samples`` they were measured on; or the lists ``names``,
-    ``forward`` and ``backward`` that ``pipekern.profile`` gives, with ``samples``, ``parameters``, ``activations`` and
-    ``outputs``.
+    ``forward``, ``backward`` and ``weight`` that ``pipekern.profile`` gives, with ``samples``, ``parameters``,
+    ``activations`` and ``outputs``.
     """
     try:
         if "transformer" in data:
             return transformer(**data["transformer"])
         if "layers" not in data:
-            times = _Times(data["names"], data["forward"], data["backward"])
+            times = _Times(data["names"], data["forward"], data["backward"], data["weight"])
             known = ("samples", "parameters", "activations", "outputs")
             return measured(times, **{name: data[name] for name in known if name in data})
         if all("flops" in row for row in data["layers"]):
@@ -204,7 +203,7 @@ def read(data: Mapping[str, Any]) -> Measured | Estimated:
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"the model cannot be read ({type(error).__name__}: {error}); it needs 'transformer', 'layers', or 'names' "
-            "with 'forward' and 'backward'"
+            "with 'forward', 'backward' and 'weight'"
         ) from error
 
 
@@ -213,6 +212,7 @@ class _Times:
     names: Sequence[str]
     forward: Sequence[float]
     backward: Sequence[float]
+    weight: Sequence[float]
 
 
 def _check(row: Layer | Work, name: str) -> None:

@@ -15,7 +15,7 @@ from pipekern.runtime.deltas import Ties, tie_links
 from pipekern.runtime.executor import Executor
 from pipekern.runtime.loss import Loss, Verdict
 from pipekern.runtime.outgoing import Outgoing
-from pipekern.runtime.runner import Batch, Ends, Runner
+from pipekern.runtime.runner import Batch, Ends, Held, Runner
 from pipekern.stage.random import unit_keys
 from pipekern.stage.stage import Stage
 from pipekern.stage.unit import Unit
@@ -23,7 +23,8 @@ from pipekern.transport.base import Link, Receiver, Sender, Transport
 
 _TRAIN = {
     "RECV_F": "receive_forward", "F": "forward", "SEND_F": "send_forward",
-    "RECV_B": "receive_backward", "BW": "backward", "SEND_B": "send_backward",
+    "RECV_B": "receive_backward", "B": "backward_input", "W": "backward_weight", "BW": "backward",
+    "SEND_B": "send_backward",
 }  # fmt: skip
 _EVALUATE = {"RECV_F": "receive_evaluate", "F": "evaluate", "SEND_F": "send_evaluate"}
 
@@ -58,6 +59,7 @@ class Assembly:
         self.star = Star(rank, schedule.ranks, blueprint.root_rank, self.outgoing, senders, receivers)
         self.parameters: dict[str, nn.Parameter] = dict(p for unit in self.units() for p in unit.named_parameters())
         self.ties = Ties(rank, blueprint.ties, self.parameters, self.outgoing, senders, receivers)
+        self._held = {schedule.stage_rank[index]: Held() for index in stages}
         self._runners = {index: self._runner(stage) for index, stage in stages.items()}
         for index, runner in self._runners.items():
             after = schedule.next_stage(index)
@@ -76,7 +78,9 @@ class Assembly:
             self.receivers.get(f"{after}>{index}"),
             self.senders.get(f"{index}>{before}"),
         )
-        return Runner(stage, ends, self.outgoing, self.loss if after is None else None)
+        return Runner(
+            stage, ends, self.outgoing, self.loss if after is None else None, self._held[schedule.stage_rank[index]]
+        )
 
     def _publish(self, batch: Batch) -> None:
         self._verdict = self.loss.result()
@@ -122,6 +126,11 @@ class Assembly:
             for module, mode in modes:
                 module.training = mode
 
+    def peaks(self) -> list[float]:
+        """The most activations that each rank of this process held in the last step, as simulations count them."""
+        chunks = self.blueprint.schedule.chunks
+        return [held.peak / chunks for _, held in sorted(self._held.items())]
+
     def held(self) -> list[str]:
         """Received messages that something still holds: the link and the tensor's shape."""
         return [f"{link} {list(shape)}" for link, end in self.receivers.items() for shape in end.held()]
@@ -147,5 +156,5 @@ def build_stages(
             unit.evaluate.to(device)
         first = blueprint.first_unit[index]
         keys = unit_keys(seed, blueprint.schedule.microbatches, range(first, first + len(units)))
-        stages[index] = Stage(index, blueprint.root, units, device, keys)
+        stages[index] = Stage(index, blueprint.root, units, device, keys, blueprint.schedule.defers)
     return stages

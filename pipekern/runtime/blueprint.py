@@ -19,7 +19,7 @@ from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
 from pipekern.schedule.comms import Program
 from pipekern.schedule.ir import Schedule
-from pipekern.stage.estimate import estimate
+from pipekern.stage.estimate import estimate, estimate_waiting
 from pipekern.stage.sharing import Tie, find_ties, refuse_shared_state
 from pipekern.stage.unit import Unit, cut
 
@@ -101,18 +101,18 @@ def _check_microbatches(microbatches: object) -> None:
 def _chosen(options: Options, units: Sequence[Unit], ranks: int) -> tuple[Schedule, list[int]]:
     """The schedule and units a stage with the shortest simulated step, by the costs given or estimated."""
     if options.split is None:
-        costs = estimate(units)
-        forward, backward = costs, [2 * cost for cost in costs]  # a product's backward is two of its size
+        forward, weight = estimate(units), estimate_waiting(units)
+        backward = [2 * cost - late for cost, late in zip(forward, weight, strict=True)]  # two products of its size
     elif isinstance(options.split, LayerCosts):
         _check_costs(options.split, units)
-        forward, backward = list(options.split.forward), list(options.split.backward)
+        forward, backward, weight = map(list, (options.split.forward, options.split.backward, options.split.weight))
     else:
         raise ConfigError(
             f"split={list(options.split)} with schedule='auto', which chooses the split itself; leave split out, give "
             "costs from pk.profile, or name a schedule"
         )
     m = options.microbatches
-    choice = choose(forward, backward, ranks=ranks, microbatches=m, chunks=options.chunks)
+    choice = choose(forward, backward, weight=weight, ranks=ranks, microbatches=m, chunks=options.chunks)
     return choice.schedule, list(choice.split)
 
 
@@ -137,8 +137,8 @@ def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: i
     if not order.runnable or not order.trains:
         ready = ", ".join(repr(name) for name in schedules.names() if schedules.describe(name).runnable)
         raise ConfigError(
-            f"the schedule {order.name!r} can be simulated but not run yet: it must be synchronous, in one chain, with "
-            f"whole backwards (BW, no weight gradients put off); run one of {ready}"
+            f"the schedule {order.name!r} can be simulated but not run yet: it must be synchronous, in one chain, "
+            f"without slices; run one of {ready}"
         )
     order.check()
     return order

@@ -6,23 +6,24 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from pipekern.runtime.executor import Placed
-from pipekern.schedule.comms import Program
-from pipekern.schedule.simulate import Costs
+from pipekern.schedule.comms import SENDS, Program
 from pipekern.trace.timeline import Span, Timeline
 
 _KINDS = {"SEND_F": "SEND", "SEND_B": "SEND", "RECV_F": "RECV", "RECV_B": "RECV"}
 
 
-def measured(program: Program, placed: Sequence[Sequence[Placed]], times: Sequence[Sequence[int]]) -> Timeline:
+def measured(
+    program: Program, placed: Sequence[Sequence[Placed]], times: Sequence[Sequence[int]], peaks: Sequence[float]
+) -> Timeline:
     """The timeline of ``program``, in microseconds from the first rank's start.
 
-    ``placed`` and ``times`` (ns, one more than there are instructions) are by process. Peaks follow from the order of
-    actions alone, so they are the simulated ones.
+    ``placed`` and ``times`` (ns, one more than there are instructions) are by process; ``peaks``, the most activations
+    held, by rank.
     """
     start = min((row[0] for row in times if row), default=0)
     spans = [span for row, clock in zip(placed, times, strict=True) for span in _spans(row, clock, start)]
-    simulated = program.schedule.simulate(Costs(forward=1, backward=1, weight=0))
-    return Timeline.measured(spans, program.schedule.ranks, simulated.peak_activations, simulated.messages)
+    messages = sum(one.op in SENDS for row in program.instructions for one in row)
+    return Timeline.measured(spans, program.schedule.ranks, peaks, messages)
 
 
 def _spans(placed: Sequence[Placed], times: Sequence[int], start: int) -> Iterator[Span]:

@@ -272,9 +272,12 @@ class Pipeline:
         """
         executor, program = self._executor, self._executor.program
         with self._running():
-            times = [row.tolist() for row in self._parts.star.gather(torch.tensor(executor.times, dtype=torch.int64))]
+            own = torch.tensor(executor.times, dtype=torch.int64), self._parts.peaks()
+            rows = self._parts.star.gather(own)
+            times, peaks = [clock.tolist() for clock, _ in rows], [peak for _, held in rows for peak in held]
+            del rows
         placed = [executor.placed] if self._parts.star.alone else [place(program, rank) for rank in range(len(times))]
-        return measured(program, placed, times)
+        return measured(program, placed, times, peaks)
 
     def close(self) -> None:
         """Leave the job and free links. Parameters and ``.grad`` stay."""

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pipekern.errors import ConfigError
+from pipekern.stage.deferral import Deferral
 from pipekern.stage.random import preserved
 from pipekern.stage.spec import LayerSpec
 from pipekern.stage.unit import Unit, cut
@@ -21,22 +23,24 @@ from pipekern.stage.unit import Unit, cut
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Microseconds of one micro-batch a unit: ``names``, ``forward`` and ``backward`` (input and weight gradients)."""
+    """Microseconds of one micro-batch a unit: ``forward``, ``backward``, and ``weight``, what can be put off of it."""
 
     names: tuple[str, ...]
     forward: tuple[float, ...]
     backward: tuple[float, ...]
+    weight: tuple[float, ...]
 
     @classmethod
     def given(cls, costs: Sequence[float]) -> LayerCosts:
         """Costs that are known already, one number a unit in any unit of measure. Raises ``ConfigError``."""
         if not costs or min(costs) < 0:
             raise ConfigError(f"costs {list(costs)}: give one number of at least 0 a unit")
-        return cls(tuple(map(str, range(len(costs)))), tuple(map(float, costs)), (0.0,) * len(costs))
+        nothing = (0.0,) * len(costs)
+        return cls(tuple(map(str, range(len(costs)))), tuple(map(float, costs)), nothing, nothing)
 
     def total(self) -> list[float]:
-        """Forward and backward together, a unit."""
-        return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
+        """Everything together, a unit."""
+        return [sum(row) for row in zip(self.forward, self.backward, self.weight, strict=True)]
 
 
 def profile(model: nn.Module | Sequence[LayerSpec], x: Any, *, repeats: int = 5) -> LayerCosts:
@@ -49,26 +53,31 @@ def profile(model: nn.Module | Sequence[LayerSpec], x: Any, *, repeats: int = 5)
     units = cut(source, seed=0)[1]
     units = [unit.built() for unit in units]
     device = next((p.device for unit in units for _, p in unit.named_parameters()), torch.device("cpu"))
-    value, forward, backward = x, [], []
+    value, rows = x, []
     with preserved([device]):
         for unit in units:
             runs = [_time(unit, value, device) for _ in range(repeats + 1)][1:]
-            forward.append(statistics.median(run[0] for run in runs))
-            backward.append(statistics.median(run[1] for run in runs))
+            rows.append([statistics.median(times) for times in zip(*runs, strict=True)])
             with torch.no_grad():
                 value = _leaves(unit.call(unit.train)(_copied(value)))
-    return LayerCosts(tuple(unit.name for unit in units), tuple(forward), tuple(backward))
+    return LayerCosts(tuple(unit.name for unit in units), *map(tuple, zip(*rows, strict=True)))
 
 
-def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float]:
-    value = _copied(value)
-    start = _now(device)
-    output = unit.call(unit.train)(value)
-    middle = _now(device)
-    ends = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
-    if ends:
-        torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
-    return (middle - start) / 1e3, (_now(device) - middle) / 1e3
+def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float, float]:
+    value, deferral = _copied(value), Deferral(unit.train.modules())
+    with deferral:
+        clock = [_now(device)]
+        output = unit.call(unit.train)(value)
+        clock.append(_now(device))
+        ends = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if ends:
+            torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
+        clock.append(_now(device))
+    for work in deferral.take():
+        work()
+    clock.append(_now(device))
+    forward, backward, weight = ((end - start) / 1e3 for start, end in pairwise(clock))
+    return forward, backward, weight
 
 
 def _copied(value: Any) -> Any:

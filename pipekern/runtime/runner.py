@@ -44,18 +44,35 @@ class Ends:
     backward_out: Sender | None = None
 
 
+class Held:
+    """The activations that the stages of one rank hold between forward and weight work; ``peak`` is the most of a step.
+
+    They are counted in chunks: those of one micro-batch through one stage.
+    """
+
+    def __init__(self) -> None:
+        self.stages: list[Stage] = []
+        self.peak = 0
+
+    def count(self) -> None:
+        """Look, after a forward."""
+        self.peak = max(self.peak, sum(stage.live for stage in self.stages))
+
+
 class Runner:
     """A stage with its links. ``previous`` and ``next`` are neighbours on the same rank, which are handed values
     directly.
     """
 
-    def __init__(self, stage: Stage, ends: Ends, outgoing: Outgoing, loss: Loss | None):
+    def __init__(self, stage: Stage, ends: Ends, outgoing: Outgoing, loss: Loss | None, held: Held):
         self.stage = stage
         self.previous: Runner | None = None
         self.next: Runner | None = None
         self._ends = ends
         self._outgoing = outgoing
         self._loss = loss
+        self._held = held
+        held.stages.append(stage)
         self._inputs: dict[int, Any] = {}
         self._outputs: dict[int, Any] = {}
         self._gradients: dict[int, Any] = {}
@@ -70,6 +87,7 @@ class Runner:
         """Start a step on ``batch``."""
         self.batch = batch
         self.stage.begin()
+        self._held.peak = 0
 
     def clear(self) -> None:
         """Forget what an exception left half done."""
@@ -110,6 +128,7 @@ class Runner:
             self._hand_on(microbatch, self.stage.forward(microbatch, value, self.batch.step_key))
         else:
             self.stage.forward(microbatch, value, self.batch.step_key, lambda output: self._score(microbatch, output))
+        self._held.count()
 
     def _score(self, microbatch: int, output: Any) -> torch.Tensor:
         assert self._loss is not None and self.batch.targets is not None
@@ -166,7 +185,17 @@ class Runner:
 
     def backward(self, microbatch: int) -> None:
         """BW."""
-        gradient = self.stage.backward(microbatch, self._gradients.pop(microbatch))
+        self._hand_back(microbatch, self.stage.backward(microbatch, self._gradients.pop(microbatch)))
+
+    def backward_input(self, microbatch: int) -> None:
+        """B."""
+        self._hand_back(microbatch, self.stage.backward_input(microbatch, self._gradients.pop(microbatch)))
+
+    def backward_weight(self, microbatch: int) -> None:
+        """W."""
+        self.stage.backward_weight(microbatch)
+
+    def _hand_back(self, microbatch: int, gradient: Any) -> None:
         if self.previous is not None:
             self.previous._gradients[microbatch] = gradient
         elif self._ends.backward_out is not None:

@@ -19,7 +19,7 @@ from pipekern.schedule.registry import TWO_CHUNKS, Grid, Row, register, zigzag
 from pipekern.schedule.rules import at_least
 
 
-@register("dualpipev", chunks=TWO_CHUNKS, placement=zigzag, runnable=False)
+@register("dualpipev", chunks=TWO_CHUNKS, placement=zigzag)
 def dualpipev(grid: Grid) -> Iterator[Row]:
     """The rows of all ranks."""
     ranks, microbatches, _, _ = grid

@@ -112,8 +112,12 @@ class Schedule:
     @cached_property
     def runnable(self) -> bool:
         """Whether the executor can run it; else it can only be simulated."""
-        whole = all(action.op in ("F", "BW") for row in self.actions for action in row)
-        return whole and self.chains == 1 and self.slices == 1 and self.synchronous and not self.pairs
+        return self.chains == 1 and self.slices == 1 and self.synchronous
+
+    @cached_property
+    def defers(self) -> bool:
+        """Whether any weight gradient is put off to a W of its own."""
+        return any(action.op == "W" for row in self.actions for action in row)
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages that ``rank`` holds, ascending."""

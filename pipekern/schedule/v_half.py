@@ -16,7 +16,7 @@ from pipekern.schedule.registry import TWO_CHUNKS, Grid, register, zigzag
 from pipekern.schedule.v_pattern import Rows, repeated
 
 
-@register("v-half", chunks=TWO_CHUNKS, placement=zigzag, runnable=False)
+@register("v-half", chunks=TWO_CHUNKS, placement=zigzag)
 def v_half(grid: Grid) -> Rows:
     """The rows of all ranks."""
     return repeated(grid, _starts)

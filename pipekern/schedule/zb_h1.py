@@ -20,7 +20,7 @@ from pipekern.schedule.one_f_one_b import warm_up_pairs_drain
 from pipekern.schedule.registry import Grid, register
 
 
-@register("zb-h1", runnable=False)
+@register("zb-h1")
 def zb_h1(grid: Grid) -> Iterator[Iterable[Action]]:
     """The rows of all ranks: the warm-up of 1F1B, and a W after each B but the first ``r``."""
     for rank in range(grid.ranks):

@@ -23,7 +23,7 @@ from pipekern.schedule.rules import at_least
 from pipekern.schedule.zb_h1 import zero_bubble
 
 
-@register("zb-h2", runnable=False)
+@register("zb-h2")
 def zb_h2(grid: Grid) -> Iterator[Iterable[Action]]:
     """The rows of all ranks: at most ``2(p - r - 1)`` forwards ahead; the first W after ``2r`` of the B."""
     ranks, microbatches, _, memory = grid

@@ -18,7 +18,7 @@ from pipekern.schedule.numbering import Token, numbered
 from pipekern.schedule.registry import TWO_CHUNKS, Grid, register, zigzag
 
 
-@register("zb-v", chunks=TWO_CHUNKS, placement=zigzag, runnable=False)
+@register("zb-v", chunks=TWO_CHUNKS, placement=zigzag)
 def zb_v(grid: Grid) -> Iterator[list[Action]]:
     """The rows of all ranks. With fewer than 2p - 1 micro-batches, those of 2p - 1 without the surplus."""
     microbatches = max(grid.microbatches, 2 * grid.ranks - 1)

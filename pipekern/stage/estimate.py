@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from pipekern.stage.deferral import deferrable
 from pipekern.stage.unit import Unit
 
 
@@ -18,6 +19,11 @@ def estimate(units: Sequence[Unit]) -> list[float]:
     weights = [sum(_products(module) for module in unit.train.modules()) for unit in units]
     floor = max(1.0, sum(weights) / len(weights) / 1000)
     return [weight + floor for weight in weights]
+
+
+def estimate_waiting(units: Sequence[Unit]) -> list[float]:
+    """Of each unit's number, the share of layers whose weight gradient can be put off."""
+    return [float(sum(map(_products, deferrable(unit.train.modules())))) for unit in units]
 
 
 def _products(module: nn.Module) -> int:

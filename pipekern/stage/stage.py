@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pipekern.errors import ConfigError
+from pipekern.stage.deferral import Deferral
 from pipekern.stage.random import generator
 from pipekern.stage.unit import Unit
+from pipekern.stage.waiting import Work
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")
 
@@ -28,9 +31,18 @@ class Stage:
 
     ``root.training`` chooses the units' training code, as it does for the unsplit model. ``keys[microbatch][i]`` seeds
     unit i (see ``random.py``). Values between stages are any nested tuple, list or dict of tensors and plain values.
+    With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off.
     """
 
-    def __init__(self, index: int, root: nn.Module, units: Sequence[Unit], device: torch.device, keys: list[list[int]]):
+    def __init__(
+        self,
+        index: int,
+        root: nn.Module,
+        units: Sequence[Unit],
+        device: torch.device,
+        keys: list[list[int]],
+        defers: bool = False,
+    ):
         self.index = index
         self._root = root
         self.units = list(units)
@@ -40,12 +52,21 @@ class Stage:
         self._keys = keys
         self._generator = generator(device)
         self._stash: dict[int, Stash] = {}
+        self._work: dict[int, list[Work]] = {}
+        modules = [module for unit in units for module in unit.train.modules()]
+        self._deferral = Deferral(modules) if defers else None
+        self._deferring: AbstractContextManager[None] = self._deferral or nullcontext()
         self._fresh: list[nn.Parameter] = []
         self._copies_input = any(_writes_in_place(unit.train) for unit in units)
 
     def parameters(self) -> list[nn.Parameter]:
         """This stage's parameters, each once, in the model's order."""
         return list({id(p): p for unit in self.units for _, p in unit.named_parameters()}.values())
+
+    @property
+    def live(self) -> int:
+        """Micro-batches of which it holds something: forward done, weight work not."""
+        return len(self._stash) + len(self._work)
 
     def begin(self) -> None:
         """Start a step."""
@@ -62,7 +83,8 @@ class Stage:
         if leaves and self._copies_input:
             value = pytree.tree_map_only(torch.Tensor, torch.clone, value)
         try:
-            value = self._run(value, self._keys[microbatch], step_key)
+            with self._deferring:
+                value = self._run(value, self._keys[microbatch], step_key)
         except RuntimeError as error:
             if "a leaf Variable that requires grad" not in str(error):
                 raise
@@ -96,11 +118,24 @@ class Stage:
 
         Adds the weight gradients to ``.grad``.
         """
+        returned = self.backward_input(microbatch, gradients)
+        self.backward_weight(microbatch)
+        return returned
+
+    def backward_weight(self, microbatch: int) -> None:
+        """Add to ``.grad`` what :meth:`backward_input` has put off."""
+        for work in self._work.pop(microbatch):
+            work()
+
+    def backward_input(self, microbatch: int, gradients: Any) -> Any:
+        """As :meth:`backward`, but that weight gradients which can wait are put off."""
         leaves, outputs = self._stash.pop(microbatch)
-        if len(outputs) == 1 and isinstance(gradients, torch.Tensor):
-            torch.autograd.backward(outputs[0], gradients)
-        else:
-            _backward_many(outputs, gradients)
+        with self._deferring:
+            if len(outputs) == 1 and isinstance(gradients, torch.Tensor):
+                torch.autograd.backward(outputs[0], gradients)
+            else:
+                _backward_many(outputs, gradients)
+        self._work[microbatch] = self._deferral.take() if self._deferral is not None else []
         if self._fresh:
             self._fresh = _own_gradients(self._fresh, [*pytree.tree_leaves(gradients), *(leaf.grad for leaf in leaves)])
         if len(leaves) == 1:
@@ -110,6 +145,9 @@ class Stage:
     def clear(self) -> None:
         """Forget every micro-batch: what an exception left half done."""
         self._stash.clear()
+        self._work.clear()
+        if self._deferral is not None:
+            self._deferral.take()
 
 
 def _own_gradients(fresh: Sequence[nn.Parameter], travelling: Sequence[torch.Tensor | None]) -> list[nn.Parameter]:

@@ -20,7 +20,7 @@ def test_golden_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, cluster = tmp_path / "model.json", tmp_path / "cluster.json"
-    model.write_text(json.dumps({"names": ["a", "b"], "forward": [1, 1], "backward": [2, 2]}))
+    model.write_text(json.dumps({"names": ["a", "b"], "forward": [1, 1], "backward": [1, 1], "weight": [1, 1]}))
     cluster.write_text(json.dumps({"devices": [{"flops": 1, "count": 2}]}))
     arguments = ["--samples", "4", "--microbatches", "2,4", "--schedules", "1f1b,gpipe", "--json"]
     assert main(["plan", "--model", str(model), "--cluster", str(cluster), *arguments]) == 0

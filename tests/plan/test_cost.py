@@ -32,7 +32,8 @@ class Times:
 
     names = ("a", "b")
     forward = (1.0, 2.0)
-    backward = (4.0, 6.0)
+    backward = (2.0, 3.0)
+    weight = (2.0, 3.0)
 
 
 def test_measured_times_scale_with_samples() -> None:
@@ -57,7 +58,13 @@ def test_read() -> None:
     assert read({"layers": [{"name": "a", "flops": 3}], "width": 4}) == Estimated([Work("a", 3)], 4)
     row = {"name": "a", "forward": 1, "backward": 2, "weight": 3}
     assert read({"layers": [row], "samples": 8}) == Measured([Layer("a", 1, 2, 3)], 8)
-    columns = {"names": ["a", "b"], "forward": [1.0, 2.0], "backward": [4.0, 6.0], "outputs": [3, 5]}
+    columns = {
+        "names": ["a", "b"],
+        "forward": [1.0, 2.0],
+        "backward": [2.0, 3.0],
+        "weight": [2.0, 3.0],
+        "outputs": [3, 5],
+    }
     assert read(columns) == measured(Times(), outputs=[3, 5])
 
 
@@ -71,7 +78,7 @@ def test_read() -> None:
             "layer 'a': forward=-1 is not a finite",
         ),
         ({"layers": [{"name": "a", "flops": math.nan}]}, "layer 'a': flops=nan"),
-        ({"names": ["a"], "forward": [1], "backward": []}, "backward has 0 values; there are 1 layers"),
+        ({"names": ["a"], "forward": [1], "backward": [], "weight": [1]}, "backward has 0 values; there are 1 layers"),
         (
             {"transformer": SIZES | {"dim": 9, "heads": 6}},
             "heads=6 do not divide dim=9; nearest heads=3",

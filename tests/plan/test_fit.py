@@ -19,7 +19,7 @@ def model(layers: int = 4, parameters: float = 10, activations: float = 100, out
 
 def test_golden_plan() -> None:
     """Four samples on two ranks: one a micro-batch; 1f1b holds two micro-batches on the first rank."""
-    plan = fit(model(2), Cluster.of([Device(1.0)] * 2), samples=4, bytes_each=FLOAT32)
+    plan = fit(model(2), Cluster.of([Device(1.0)] * 2), samples=4, schedules=["1f1b"], bytes_each=FLOAT32)
     assert (plan.choice.schedule.name, plan.choice.split) == ("1f1b", (1, 1))
     assert (plan.choice.schedule.microbatches, plan.samples, plan.step_time) == (4, 1, 150)
     assert [m.activations for m in plan.memory] == [200, 100]

@@ -42,7 +42,11 @@ class Trained(NamedTuple):
 
 def allowed(case: Case) -> bool:
     """Whether the schedule takes this pair of ranks and micro-batches."""
-    return case.schedule != "interleaved-1f1b" or case.microbatches % case.ranks == 0
+    try:
+        pk.schedule.build(case.schedule, ranks=case.ranks, microbatches=case.microbatches)
+    except pk.ConfigError:
+        return False
+    return True
 
 
 def train(case: Case, seed: int) -> Trained:

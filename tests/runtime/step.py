@@ -14,6 +14,13 @@ from tests.launch import launch, values
 from tests.runtime import reference
 
 PLACES = pytest.mark.parametrize("processes", [False, True], ids=["one-process", "processes"])
+# One chunk a rank and several; whole backwards, and weight gradients put off.
+SCHEDULES = pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb-h2", "v-half"])
+
+
+def chunks(schedule: str) -> int:
+    """Stages a rank, unless told otherwise."""
+    return pk.schedule.describe(schedule).chunks[0]
 
 
 class Step(NamedTuple):

@@ -115,9 +115,8 @@ BAD = [
     ("specs that build nothing", [pk.LayerSpec(_number)] * 2, {}, ["LayerSpec(_number)", "nn.Module"]),
     ("a list of modules", [nn.Linear(4, 4)] * 2, {}, ["list", "pk.LayerSpec"]),
     ("time", _net(), {"timeout": 0.0}, ["timeout=0.0"]),
-    ("weights put off", _net(), {"schedule": pk.schedule.Schedule.parse(
-        "pipekern-schedule name=mine microbatches=1 stage_rank=0,1\n0F0 0B0 0W0\n1F0 1B0 1W0\n"), "microbatches": 1},
-        ["'mine'", "weight"]),
+    ("two directions", _net(), {"schedule": "chimera"}, ["'chimera'", "one chain", "'1f1b'"]),
+    ("slices", _net(), {"schedule": "seq1f1b"}, ["'seq1f1b'", "slices", "'zb-v'"]),
     ("schedule of another size", _net(), {"schedule": pk.schedule.build("1f1b", ranks=2, microbatches=3)}, ["3", "4"]),
 ]  # fmt: skip
 

@@ -8,9 +8,9 @@ import pytest
 
 from pipekern import schedule as schedules
 from pipekern.runtime.executor import Executor, place
+from tests.runtime.step import SCHEDULES
 
-OPS = ("RECV_F", "F", "SEND_F", "RECV_B", "BW", "SEND_B")
-SCHEDULES = pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b", "looped-bfs"])
+OPS = ("RECV_F", "F", "SEND_F", "RECV_B", "B", "W", "BW", "SEND_B")
 
 
 class Runner:

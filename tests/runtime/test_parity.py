@@ -17,13 +17,15 @@ from tests.runtime.parity import Case, Trained, allowed, compare, same_bits, tra
 from tests.runtime.step import gradients
 
 RANKS, MICROBATCHES = (1, 2, 3, 4), (1, 2, 5, 8)
-SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs")
+SCHEDULES = tuple(name for name in pk.schedule.names() if pk.schedule.describe(name).runnable)
 GRID = list(product(SCHEDULES, RANKS, MICROBATCHES))
 
 
 def _sample(ranks: int, transport: str = "auto") -> list[Case]:
-    """Every schedule with every number of micro-batches once, the kinds of model in turn."""
-    pairs = [(s, m) for s, m in product(SCHEDULES, MICROBATCHES) if allowed(Case("", s, ranks, m))]
+    """Over two numbers of ranks, every schedule with every number of micro-batches; the kinds of model in turn."""
+    pairs = [
+        (s, m) for s, m in list(product(SCHEDULES, MICROBATCHES))[ranks % 2 :: 2] if allowed(Case("", s, ranks, m))
+    ]
     kinds = list(KINDS)
     return [Case(kinds[(i + ranks) % len(kinds)], s, ranks, m, transport) for i, (s, m) in enumerate(pairs)]
 
@@ -94,8 +96,8 @@ def test_pair_that_a_schedule_does_not_take(schedule: str, ranks: int, microbatc
     with pytest.raises(pk.ConfigError, match=rf"microbatches={microbatches}\b.*\bnearest microbatches=\d+") as refusal:
         pk.Pipeline(build("perceptron", 0), microbatches=microbatches, **options)
     nearest = int(re.findall(r"nearest microbatches=(\d+)", str(refusal.value))[0])
-    closer = [n for n in range(1, 20) if abs(n - microbatches) < abs(nearest - microbatches) and n % ranks == 0]
-    assert not closer
+    nearer = [n for n in range(1, 20) if abs(n - microbatches) < abs(nearest - microbatches)]
+    assert not any(allowed(Case("", schedule, ranks, n)) for n in nearer)
     pk.Pipeline(build("perceptron", 0), microbatches=nearest, **options).close()
 
 

@@ -12,9 +12,7 @@ from torch.nn import functional as F
 
 import pipekern as pk
 from tests.runtime import reference
-from tests.runtime.step import PLACES, check, gradients, make_seeded, run, union
-
-SCHEDULES = pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b", "looped-bfs"])
+from tests.runtime.step import PLACES, SCHEDULES, check, gradients, make_seeded, run, union
 
 
 def _net() -> nn.Sequential:

@@ -23,7 +23,8 @@ def test_golden() -> None:
     assert costs.names == ("0", "1", "2", "3", "4")
     assert min(costs.forward[1], costs.forward[2]) > costs.forward[4]
     assert min(costs.backward[1], costs.backward[2]) > costs.backward[4]
-    assert costs.total() == [f + b for f, b in zip(costs.forward, costs.backward, strict=True)]
+    assert min(costs.weight[1], costs.weight[2]) > costs.weight[4]
+    assert costs.total() == [sum(row) for row in zip(costs.forward, costs.backward, costs.weight, strict=True)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -35,7 +36,7 @@ def test_nothing_of_the_model_changes(kind: str, seed: int) -> None:
     costs = pk.profile(model, x, repeats=2)
     assert same_bits((_everything(model), x, torch.get_rng_state()), before)
     assert min(costs.forward) > 0
-    assert len(costs.names) == len(costs.forward) == len(costs.backward)
+    assert len(costs.names) == len(costs.forward) == len(costs.backward) == len(costs.weight)
     with pk.Pipeline(model, loss_fn=KINDS[kind].loss_fn, microbatches=2, ranks=2, split=costs) as pipe:
         pipe.train_step(*KINDS[kind].batch(4))
 

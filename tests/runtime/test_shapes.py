@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.runtime.step import PLACES, check
-
-SCHEDULES = pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b", "looped-bfs"])
+from tests.runtime.step import PLACES, SCHEDULES, check
 
 
 class Trim(nn.Module):

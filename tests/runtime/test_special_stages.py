@@ -12,9 +12,7 @@ from torch.nn import functional as F
 import pipekern as pk
 from tests.runtime import reference
 from tests.runtime.models import Gpt, tokens
-from tests.runtime.step import PLACES, check, gradients, make_seeded, run, union
-
-SCHEDULES = pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b", "looped-bfs"])
+from tests.runtime.step import PLACES, SCHEDULES, check, chunks, gradients, make_seeded, run, union
 
 
 def _batch(samples: int = 8) -> tuple[Tensor, Tensor]:
@@ -101,7 +99,7 @@ def _in_place() -> nn.Sequential:
 @PLACES
 @SCHEDULES
 def test_in_place_relu_as_first_layer_of_a_stage(processes: bool, schedule: str, seed: int) -> None:
-    stages = 4 if schedule in ("interleaved-1f1b", "looped-bfs") else 2
+    stages = 2 * chunks(schedule)
     split = {2: [3, 6], 4: [1, 2, 2, 4]}[stages]
     check(_in_place, F.mse_loss, *_batch(), processes=processes, seed=seed, schedule=schedule, split=split)
 
@@ -128,7 +126,7 @@ def _positions() -> nn.Sequential:
 @SCHEDULES
 def test_gradient_that_autograd_would_alias_to_a_received_slot(processes: bool, schedule: str, seed: int) -> None:
     """Sixteen micro-batches of one sample: the slot is written again long before the step ends."""
-    stages = 4 if schedule in ("interleaved-1f1b", "looped-bfs") else 2
+    stages = 2 * chunks(schedule)
     split = {2: [2, 5], 4: [2, 2, 2, 1]}[stages]
     batch = _batch(16)
     check(

@@ -11,9 +11,7 @@ from torch.nn import functional as F
 
 import pipekern as pk
 from tests.runtime import reference
-from tests.runtime.step import PLACES, check, make_seeded, run
-
-SCHEDULES = pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b", "looped-bfs"])
+from tests.runtime.step import PLACES, SCHEDULES, check, chunks, make_seeded, run
 
 
 def _batch(samples: int = 8) -> tuple[Tensor, Tensor]:
@@ -255,7 +253,7 @@ def _identities() -> nn.Sequential:
 @SCHEDULES
 def test_identity_stages(processes: bool, schedule: str, seed: int) -> None:
     """What enters leaves; the slot that it came in is given back all the same."""
-    ranks, split = (3, [1] * 6) if schedule in ("interleaved-1f1b", "looped-bfs") else (6, [1] * 6)
+    ranks, split = 6 // chunks(schedule), [1] * 6
     x, y = _batch(12)
     options: dict[str, Any] = {"schedule": schedule, "split": split, "ranks": ranks, "microbatches": 6}
     check(_identities, F.mse_loss, x, y, processes=processes, seed=seed, **options)

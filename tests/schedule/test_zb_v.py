@@ -13,7 +13,7 @@ def test_golden_rows() -> None:
     assert row(schedule, 1) == (
         "1F0 2F0 1F1 2F1 2B0 2W0 1F2 1B0 1W0 2F2 2B1 2W1 1F3 1B1 1W1 2F3 2B2 2W2 1B2 2B3 1B3 1W2 2W3 1W3"
     )
-    assert schedule.synchronous and not schedule.duplicates_weights and not schedule.runnable
+    assert schedule.synchronous and not schedule.duplicates_weights and schedule.runnable
 
 
 def test_with_few_microbatches_it_is_that_of_more_without_the_surplus() -> None:

@@ -1,0 +1,86 @@
+"""Weight gradients put off: a layer's backward returns the gradient of its input, and W does the rest later.
+
+Here is which layers of a stage do so; ``waiting.py`` has what each kind does. No graph is walked, so that views,
+weights used twice and checkpointed regions need nothing of their own. All else has its whole backward in B.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pipekern.stage.waiting import FUNCTIONS, LAYERS, Put, Work
+
+
+class Deferral:
+    """The layers among ``modules`` that put weight work off, while this context is entered.
+
+    It is to be entered for forwards and for backwards (a checkpointed region runs its forward again in there).
+    :meth:`take` gives the work that backwards have left since it was last called.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self._work: list[Work] = []
+        self._forwards = [(m.__dict__, _forward_of(m, self._work_added)) for m in deferrable(modules)]
+
+    def _work_added(self, work: Work) -> None:
+        self._work.append(work)
+
+    def __enter__(self) -> None:
+        for attributes, forward in self._forwards:
+            attributes["forward"] = forward
+
+    def __exit__(self, *exception: object) -> None:
+        for attributes, _ in self._forwards:
+            attributes.pop("forward", None)
+
+    def take(self) -> list[Work]:
+        """The weight work of the backwards since the last call; each piece adds to ``.grad`` when it is called."""
+        work = self._work[:]
+        self._work.clear()
+        return work
+
+
+def deferrable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Layers of the known kinds, each once, outside of compiled regions, whose forward nobody has replaced."""
+    modules = list(modules)
+    compiled = {id(inner) for module in modules if _is_compiled(module) for inner in module.modules()}
+    known = {id(m): m for m in modules if isinstance(m, tuple(LAYERS)) and id(m) not in compiled}
+    yield from (m for m in known.values() if "forward" not in m.__dict__ and not isinstance(m, torch.jit.ScriptModule))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _forward_of(module: nn.Module, put: Put) -> Callable[..., Tensor]:
+    """What stands in for the module's forward."""
+    kind = next(kind for kind in LAYERS if isinstance(module, kind))
+    if type(module).forward is kind.forward:
+        return functools.partial(LAYERS[kind], module, put)
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Calls(module, put):
+            return original(*args, **kwargs)
+
+    return forward
+
+
+class _Calls(TorchFunctionMode):
+    """Inside a subclass's own forward: the product with the module's weight is the one that is put off."""
+
+    def __init__(self, module: nn.Module, put: Put):
+        super().__init__()
+        self._module, self._put = module, put
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        of_module = FUNCTIONS.get(func)
+        if of_module is not None and len(args) > 1 and args[1] is self._module.weight:
+            return of_module(self._put, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,231 @@
+"""Layers whose backward leaves the weight alone: it keeps what the weight gradient needs, to be made later.
+
+``LAYERS`` gives the stand-in of each class's forward, ``FUNCTIONS`` that of each function: called with ``put``, which
+takes the work that a backward leaves, and with what the layer or function is called with. Where the gradient cannot
+wait unnoticed (a frozen or hooked weight, one that is itself computed, an option that is not known) they do what the
+original does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Work = Callable[[], None]
+Put = Callable[[Work], None]
+Function = Callable[..., Tensor]
+
+
+def _may_wait(weight: Any, bias: Tensor | None, value: Tensor) -> bool:
+    """Whether the weight gradient may be made later, by hand, with nobody noticing."""
+    return (
+        torch.is_grad_enabled()
+        and _is_free(weight)
+        and (bias is None or _is_free(bias))
+        and type(value) is Tensor
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _is_free(weight: Any) -> bool:
+    """A trainable parameter (no view, no parametrisation) that no hook watches."""
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.requires_grad
+        and not weight._backward_hooks
+        and not weight._post_accumulate_grad_hooks
+    )
+
+
+def _cast(value: Tensor) -> Tensor:
+    """``value`` as autocast would hand it to a product."""
+    if torch.is_autocast_enabled(value.device.type) and value.dtype is not torch.float64:
+        return value.to(torch.get_autocast_dtype(value.device.type))
+    return value
+
+
+def _add(parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad += gradient
+
+
+# Linear
+
+
+def _linear_module(module: nn.Linear, put: Put, input: Tensor) -> Tensor:
+    return _linear(put, input, module.weight, module.bias)
+
+
+def _linear(put: Put, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not _may_wait(weight, bias, input):
+        return F.linear(input, weight, bias)
+    return _Linear.apply(_cast(input), weight, bias, put)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, weight: Tensor, bias: Tensor | None, put: Put) -> Tensor:
+        used = weight.to(value.dtype)
+        ctx.save_for_backward(value, used)
+        ctx.parameters, ctx.put = (weight, bias), put
+        return F.linear(value, used, None if bias is None else bias.to(value.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        value, used = ctx.saved_tensors
+        weight, bias = ctx.parameters
+        ctx.put(functools.partial(_linear_weight, weight, bias, value, gradient))
+        return gradient.matmul(used) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+@torch.no_grad()
+def _linear_weight(weight: Tensor, bias: Tensor | None, value: Tensor, gradient: Tensor) -> None:
+    rows, columns = gradient.reshape(-1, gradient.shape[-1]), value.reshape(-1, value.shape[-1])
+    grad = weight.grad
+    if grad is not None and grad.dtype is rows.dtype and grad.layout is torch.strided:
+        grad.addmm_(rows.t(), columns)
+    else:
+        _add(weight, rows.t().mm(columns))
+    if bias is not None:
+        _add(bias, rows.sum(0))
+
+
+# Convolutions
+
+
+def _convolution_module(module: nn.Conv1d | nn.Conv2d, put: Put, input: Tensor) -> Tensor:
+    if module.padding_mode != "zeros":
+        return type(module).forward(module, input)  # type: ignore[arg-type]
+    options = module.stride, module.padding, module.dilation, module.groups
+    return _CONVOLUTIONS[len(module.kernel_size)](put, input, module.weight, module.bias, *options)
+
+
+def _convolution(
+    plain: Function,
+    dims: int,
+    put: Put,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if not _may_wait(weight, bias, input) or isinstance(padding, str) or input.dim() != dims + 2:
+        return plain(input, weight, bias, stride, padding, dilation, groups)
+    sizes = [[option] * dims if isinstance(option, int) else list(option) for option in (stride, padding, dilation)]
+    return _Convolution.apply(_cast(input), weight, bias, put, plain, (*sizes, groups))
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        put: Put,
+        plain: Function,
+        options: Any,
+    ) -> Tensor:
+        used = weight.to(value.dtype)
+        ctx.save_for_backward(value, used)
+        ctx.parameters, ctx.put, ctx.options = (weight, bias), put, options
+        return plain(value, used, None if bias is None else bias.to(value.dtype), *options)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        value, used = ctx.saved_tensors
+        weight, bias = ctx.parameters
+        ctx.put(functools.partial(_convolution_weight, weight, bias, value, used, gradient, ctx.options))
+        wanted = _convolution_backward(gradient, value, used, ctx.options, (ctx.needs_input_grad[0], False, False))
+        return wanted[0], None, None, None, None, None
+
+
+def _convolution_backward(
+    gradient: Tensor, value: Tensor, weight: Tensor, options: Any, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    stride, padding, dilation, groups = options
+    return torch.ops.aten.convolution_backward(
+        gradient, value, weight, [weight.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, mask
+    )
+
+
+@torch.no_grad()
+def _convolution_weight(
+    weight: Tensor, bias: Tensor | None, value: Tensor, used: Tensor, gradient: Tensor, options: Any
+) -> None:
+    _, own, of_bias = _convolution_backward(gradient, value, used, options, (False, True, bias is not None))
+    assert own is not None
+    _add(weight, own)
+    if bias is not None and of_bias is not None:
+        _add(bias, of_bias)
+
+
+# Embedding
+
+
+def _embedding_module(module: nn.Embedding, put: Put, input: Tensor) -> Tensor:
+    options = module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq, module.sparse
+    return _embedding(put, input, module.weight, *options)
+
+
+def _embedding(
+    put: Put,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None or sparse or not _may_wait(weight, None, input):
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    ignored = -1 if padding_idx is None else padding_idx % len(weight)
+    return _Embedding.apply(input, weight, put, (len(weight), ignored, scale_grad_by_freq))
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, weight: Tensor, put: Put, options: Any) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.weight, ctx.put, ctx.options = weight, put, options
+        return F.embedding(indices, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        ctx.put(functools.partial(_embedding_weight, ctx.weight, indices, gradient, ctx.options))
+        return None, None, None, None
+
+
+@torch.no_grad()
+def _embedding_weight(weight: Tensor, indices: Tensor, gradient: Tensor, options: Any) -> None:
+    _add(weight, torch.ops.aten.embedding_dense_backward(gradient, indices, *options))
+
+
+_CONVOLUTIONS = {
+    1: functools.partial(_convolution, F.conv1d, 1),
+    2: functools.partial(_convolution, F.conv2d, 2),
+}
+LAYERS: dict[type[nn.Module], Function] = {
+    nn.Linear: _linear_module,
+    nn.Conv1d: _convolution_module,
+    nn.Conv2d: _convolution_module,
+    nn.Embedding: _embedding_module,
+}
+FUNCTIONS: dict[Any, Function] = {
+    F.linear: _linear,
+    F.conv1d: _CONVOLUTIONS[1],
+    F.conv2d: _CONVOLUTIONS[2],
+    F.embedding: _embedding,
+}

@@ -1,0 +1,261 @@
+"""Weight gradients put off: those of autograd, and made in W where a layer can wait."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from pipekern.stage.deferral import Deferral
+
+
+def gradients(*leaves: Tensor) -> list[float | None]:
+    return [None if leaf.grad is None else leaf.grad.item() for leaf in leaves]
+
+
+def test_golden() -> None:
+    """y = w·x with w = 2, x = 3 and dy = 1: B gives dx = 2 at once, W gives dw = 3 when it is called."""
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, 2.0)
+    x = torch.tensor([[3.0]], requires_grad=True)
+    deferral = Deferral([layer])
+    with deferral:
+        layer(x).sum().backward()
+    assert gradients(x, layer.weight) == [2.0, None]
+    for work in deferral.take():
+        work()
+    assert gradients(x, layer.weight) == [2.0, 3.0]
+    assert "forward" not in layer.__dict__ and deferral.take() == []
+
+
+class Doubled(nn.Linear):
+    """A subclass that does something around its parent's forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input.relu())
+
+
+class Written(nn.Linear):
+    """A subclass that writes its product out, with the weight by name."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, bias=self.bias) + F.linear(input, self.weight * 2)
+
+
+class Adapted(nn.Module):
+    """A low-rank adapter around a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 4).requires_grad_(False)
+        self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Tied(nn.Module):
+    """A look-up and a product with one weight, and a product used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inner, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.inner(self.words(x)).tanh()))
+
+
+class Viewed(nn.Module):
+    """Views before and after a product, and an expanded input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x.reshape(-1, 2, 2).transpose(0, 1)[:, 1:])
+        return y.expand(2, *y.shape).transpose(-1, 0).flatten(1)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant, self.inner = reentrant, nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def half_frozen() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+def half_compiled() -> nn.Module:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    module[0].compile(backend="eager")
+    return module
+
+
+def vectors() -> Tensor:
+    return torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+
+def images(size: int = 7) -> Tensor:
+    return torch.randn(2, 4, size, size, dtype=torch.float64, requires_grad=True)
+
+
+def rows() -> Tensor:
+    return torch.randn(2, 4, 9, dtype=torch.float64, requires_grad=True)
+
+
+def words() -> Tensor:
+    return torch.randint(9, (3, 5))
+
+
+def sequence() -> Tensor:
+    return rows().transpose(1, 2)[..., :4]
+
+
+LAYER = {"weight", "bias"}
+INNER = {f"inner.{i}.{name}" for i in (0, 2) for name in LAYER}
+FEED_FORWARD = {f"linear{i}.{name}" for i in (1, 2) for name in LAYER}
+
+# A module, its input, and the parameters whose gradients must wait for W.
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], set[str]]] = {
+    "linear": (lambda: nn.Linear(4, 3), vectors, LAYER),
+    "linear of a vector": (lambda: nn.Linear(4, 3), lambda: vectors()[0], LAYER),
+    "linear of more dimensions": (lambda: nn.Linear(9, 3, bias=False), rows, {"weight"}),
+    "linear of nothing": (lambda: nn.Linear(4, 3), lambda: vectors()[:0], LAYER),
+    "subclass": (lambda: Doubled(4, 3), vectors, LAYER),
+    "subclass that uses the weight otherwise too": (lambda: Written(4, 3), vectors, {"bias"}),
+    "adapter": (Adapted, vectors, {"down.weight", "up.weight"}),
+    "tied and used twice": (Tied, words, {"words.weight", "head.weight", "inner.weight", "inner.bias"}),
+    "views": (Viewed, vectors, {"inner.weight", "inner.bias"}),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), rows, LAYER),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=(1, 2), bias=False), images, {"weight"}),
+    "conv2d of one image": (lambda: nn.Conv2d(4, 6, 3), lambda: images()[0], set()),
+    "conv2d, padded to the same size": (lambda: nn.Conv2d(4, 6, 3, padding="same"), images, set()),
+    "conv2d, circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), images, set()),
+    "conv3d": (lambda: nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Conv3d(4, 2, (1, 3, 3))), images, set()),
+    "embedding": (lambda: nn.Embedding(9, 4, padding_idx=-2), words, {"weight"}),
+    "embedding by frequency": (lambda: nn.Embedding(9, 4, scale_grad_by_freq=True), words, {"weight"}),
+    "embedding, renormed": (lambda: nn.Embedding(9, 4, max_norm=0.5), words, set()),
+    "embedding, sparse": (lambda: nn.Embedding(9, 4, sparse=True), words, set()),
+    "frozen": (lambda: nn.Linear(4, 4).requires_grad_(False), vectors, set()),
+    "half frozen": (half_frozen, vectors, set()),
+    "parametrised": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), vectors, set()),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0), sequence, FEED_FORWARD),
+    "checkpointed": (lambda: Checkpointed(False), vectors, INNER),
+    "checkpointed, reentrant": (lambda: Checkpointed(True), vectors, INNER),
+    "compiled": (half_compiled, vectors, {"1.weight", "1.bias"}),
+}
+
+
+def run(module: nn.Module, x: Tensor, deferral: Deferral | None = None) -> Tensor:
+    """Forward and backward from a fixed random gradient."""
+    torch.manual_seed(7)
+    if deferral is None:
+        y: Tensor = module(x)
+        return _backward(y)
+    with deferral:
+        y = module(x)
+        return _backward(y)
+
+
+def _backward(y: Tensor) -> Tensor:
+    if y.requires_grad:
+        y.backward(torch.randn_like(y))
+    return y.detach()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_autograd(case: str) -> None:
+    """Over two micro-batches, the second one's weight work first."""
+    make, batch, waiting = CASES[case]
+    module = make().double()
+    plain = copy.deepcopy(module)
+    deferral = Deferral(module.modules())
+    inputs = [batch().detach() for _ in range(2)]
+    kept = []
+    for x in inputs:
+        leaf, other = (x.clone().requires_grad_(x.is_floating_point()) for _ in range(2))
+        assert torch.equal(run(module, leaf, deferral), run(plain, other))
+        kept.append(deferral.take())
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-12, atol=1e-12)
+        names = {name for name, p in module.named_parameters(remove_duplicate=False) if p.grad is None}
+        assert names == waiting | {name for name, p in module.named_parameters() if not p.requires_grad}
+    for work in [*kept[1], *kept[0]]:
+        work()
+    for (name, p), q in zip(module.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None and q.grad is not None:
+            torch.testing.assert_close(p.grad.to_dense(), q.grad.to_dense(), rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_weight_that_a_hook_watches_does_not_wait(hook: str) -> None:
+    layer, seen = nn.Linear(4, 4), []
+    getattr(layer.weight, hook)(lambda value: seen.append(value.shape))
+    deferral = Deferral([layer])
+    run(layer, torch.randn(2, 4), deferral)
+    assert seen == [(4, 4)] and deferral.take() == [] and layer.weight.grad is not None
+
+
+def test_module_hooks_fire_once() -> None:
+    layer, seen = nn.Linear(4, 4), []
+    layer.register_forward_hook(lambda *_: seen.append("forward"))
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    run(layer, torch.randn(2, 4, requires_grad=True), deferral := Deferral([layer]))
+    assert seen == ["forward", "backward"] and len(deferral.take()) == 1
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 4), lambda: nn.Conv1d(4, 4, 3)])
+def test_autocast(make: Callable[[], nn.Module]) -> None:
+    """The product and both its gradients in bfloat16, the weight's gradient in float32; as autograd has them."""
+    module = make()
+    plain, deferral = copy.deepcopy(module), Deferral(module.modules())
+    x = torch.randn(4, 4) if isinstance(module, nn.Linear) else torch.randn(2, 4, 8)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        with deferral:
+            y = module(ours)
+        want = plain(theirs)
+    assert y.dtype is torch.bfloat16 and torch.equal(y, want)
+    gradient = torch.randn_like(y)
+    with deferral:
+        y.backward(gradient)
+    want.backward(gradient)
+    for work in deferral.take():
+        work()
+    assert ours.grad is not None and theirs.grad is not None
+    assert ours.grad.dtype is torch.float32 and torch.equal(ours.grad, theirs.grad)
+    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None and p.grad.dtype is torch.float32
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-2, atol=1e-2)
+
+
+def test_without_gradients_and_outside_nothing_waits() -> None:
+    layer = nn.Linear(4, 4)
+    deferral = Deferral([layer])
+    with deferral, torch.no_grad():
+        assert not layer(torch.randn(2, 4)).requires_grad
+    layer(torch.randn(2, 4)).sum().backward()
+    assert deferral.take() == [] and layer.weight.grad is not None
+
+
+def test_a_forward_that_somebody_replaced_stays() -> None:
+    layer = nn.Linear(4, 4)
+    own = layer.__dict__["forward"] = lambda x: x * 2
+    run(layer, torch.randn(2, 4), Deferral([layer]))
+    assert layer.__dict__["forward"] is own
