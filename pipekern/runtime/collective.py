@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from pipekern.runtime.outgoing import EXCHANGE_TAG, LOSS_TAG, Outgoing
 from pipekern.transport.base import Link, Receiver, Sender
+from pipekern.transport.value import map_tensors
 
 
 def star_links(ranks: int, root: int) -> list[Link]:
@@ -74,4 +74,4 @@ class Star:
 
     def _take(self, link: str, tag: int) -> Any:
         value = self._outgoing.receive(self._receivers[link], tag).value
-        return pytree.tree_map_only(torch.Tensor, torch.clone, value)
+        return map_tensors(torch.clone, value)

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from pipekern.errors import ConfigError
 from pipekern.stage.random import mix
+from pipekern.transport.value import distinct, map_places, map_tensors, tensors
 
 
 def batch_size(value: Any, name: str) -> int:
     """Samples in ``value``: the first dimension of its tensors, which must agree. Raises ``ConfigError``."""
-    sizes = {t.shape[0] for t in _tensors(value) if t.ndim > 0}
+    sizes = {t.shape[0] for t in tensors(value) if t.ndim > 0}
     if len(sizes) > 1:
         raise ConfigError(
             f"{name} has tensors with {' and '.join(map(str, sorted(sizes)))} samples; the first dimension of every "
@@ -31,7 +31,8 @@ def batch_size(value: Any, name: str) -> int:
 def split(value: Any, microbatches: int, name: str) -> list[Any]:
     """``microbatches`` parts of ``value``, views of its tensors along the first dimension, as equal as possible.
 
-    The first parts are one sample larger where it does not divide. Values that are not tensors, and tensors without
+    The first parts are one sample larger where it does not divide. A tensor that stands in several places of ``value``
+    does so in every part. Values that are not tensors, and tensors without
     dimensions, go to every part. Raises ``ConfigError`` where there are fewer samples than micro-batches.
     """
     size = batch_size(value, name)
@@ -42,12 +43,11 @@ def split(value: Any, microbatches: int, name: str) -> list[Any]:
         )
     if isinstance(value, torch.Tensor):
         return list(value.tensor_split(microbatches))
-    leaves, spec = pytree.tree_flatten(value)
-    parts = [
-        leaf.tensor_split(microbatches) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 else [leaf] * microbatches
-        for leaf in leaves
+    pieces = {id(t): t.tensor_split(microbatches) for t in distinct(tensors(value)) if t.ndim > 0}
+    return [
+        map_tensors(lambda t, i=i: pieces[id(t)][i] if t.ndim > 0 else t, value)  # type: ignore[misc]
+        for i in range(microbatches)
     ]
-    return [pytree.tree_unflatten(list(part), spec) for part in zip(*parts, strict=True)]
 
 
 def sizes(size: int, microbatches: int) -> list[int]:
@@ -57,31 +57,32 @@ def sizes(size: int, microbatches: int) -> list[int]:
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """The outputs of all micro-batches as one, tensors concatenated along the first dimension (0-d ones stacked)."""
-    flat = [pytree.tree_flatten(part) for part in parts]
-    leaves = [_join_leaf(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
-    return pytree.tree_unflatten(leaves, flat[0][1])
+    """The outputs of all micro-batches as one, tensors concatenated along the first dimension (0-d ones stacked).
 
-
-def _join_leaf(column: Sequence[Any]) -> Any:
-    if not isinstance(column[0], torch.Tensor):
-        return column[0]
-    return torch.stack(list(column)) if column[0].ndim == 0 else torch.cat(list(column))
+    What is not a tensor is the first micro-batch's. Raises ``ConfigError`` for objects that may hide tensors, unless
+    they are the same one in every micro-batch.
+    """
+    unknown: list[list[Any]] = [[] for _ in parts]
+    columns = zip(*(tensors(part, other.append) for part, other in zip(parts, unknown, strict=True)), strict=True)
+    for row in zip(*unknown, strict=True):
+        if any(item is not row[0] for item in row):
+            raise ConfigError(
+                f"the outputs hold a {type(row[0]).__module__}.{type(row[0]).__qualname__} a micro-batch, which cannot "
+                "be joined: return tensors in tuples, lists, dicts, named tuples or dataclasses"
+            )
+    joined = iter([torch.stack(column) if column[0].ndim == 0 else torch.cat(column) for column in columns])
+    return map_places(lambda _: next(joined), parts[0])
 
 
 def to_device(value: Any, device: torch.device) -> Any:
     """``value`` with its tensors on ``device``, each a leaf that requires a gradient if it did; on the CPU as it is."""
     if device.type == "cpu":
         return value
-    return pytree.tree_map_only(torch.Tensor, lambda t: _move_leaf(t, device), value)
+    return map_tensors(lambda t: _move_leaf(t, device), value)
 
 
 def _move_leaf(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.detach().to(device, non_blocking=True).requires_grad_(tensor.requires_grad)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def digest(*values: Any) -> int:
@@ -91,7 +92,7 @@ def digest(*values: Any) -> int:
     agree.
     """
     state = len(values)
-    for tensor in _tensors(values):
+    for tensor in tensors(values):
         tensor = tensor.detach().cpu().contiguous()
         state = mix(state, *tensor.shape, tensor.itemsize, _hash(tensor.data_ptr(), tensor.nbytes))
     return state or 1

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from pipekern.errors import MessageMismatch, TransportError
 from pipekern.transport.base import Message, Receiver, Sender, Transport
+from pipekern.transport.value import map_tensors
 
 # What a message is, in the high byte of its tag; below it the step (24 bits) and the micro-batch or a number.
 FORWARD_TAG, BACKWARD_TAG, EVALUATE_TAG, LOSS_TAG, EXCHANGE_TAG, TIE_TAG = (kind << 56 for kind in range(1, 7))
@@ -93,4 +93,4 @@ class Outgoing:
                 return tensor.detach().clone().requires_grad_(tensor.requires_grad)
             return tensor
 
-        return pytree.tree_map_only(torch.Tensor, own, value)
+        return map_tensors(own, value)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from pipekern.errors import ConfigError
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.random import preserved
 from pipekern.stage.spec import LayerSpec
 from pipekern.stage.unit import Unit, cut
+from pipekern.transport.value import distinct, map_tensors, tensors
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float, f
         clock = [_now(device)]
         output = unit.call(unit.train)(value)
         clock.append(_now(device))
-        ends = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+        ends = [t for t in distinct(tensors(output)) if t.requires_grad]
         if ends:
             torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
         clock.append(_now(device))
@@ -82,7 +82,7 @@ def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float, f
 
 def _copied(value: Any) -> Any:
     """What a unit may write into, as it may not into a leaf or the user's batch."""
-    return pytree.tree_map_only(torch.Tensor, torch.clone, value)
+    return map_tensors(torch.clone, value)
 
 
 def _now(device: torch.device) -> int:
@@ -95,4 +95,4 @@ def _leaves(value: Any) -> Any:
     def leaf(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
 
-    return pytree.tree_map_only(torch.Tensor, leaf, value)
+    return map_tensors(leaf, value)

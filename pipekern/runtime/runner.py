@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from pipekern.errors import MessageMismatch
 from pipekern.runtime.loss import Loss
@@ -14,6 +13,7 @@ from pipekern.runtime.microbatch import to_device
 from pipekern.runtime.outgoing import BACKWARD_TAG, EVALUATE_TAG, FORWARD_TAG, Outgoing
 from pipekern.stage.stage import Stage, detached
 from pipekern.transport.base import Receiver, Sender
+from pipekern.transport.value import map_tensors
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Runner:
         elif self.batch.targets is not None:
             self._loss.forward(microbatch, output, to_device(self.batch.targets[microbatch], self.stage.device))
         else:
-            self.batch.outputs.append(pytree.tree_map_only(torch.Tensor, torch.clone, output))
+            self.batch.outputs.append(map_tensors(torch.clone, output))
 
     def _take_input(self, microbatch: int) -> Any:
         if microbatch in self._inputs:

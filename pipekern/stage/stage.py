@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from pipekern.errors import ConfigError
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.random import generator
 from pipekern.stage.unit import Unit
 from pipekern.stage.waiting import Work
+from pipekern.transport.message import refuse
+from pipekern.transport.value import distinct, map_tensors, tensors
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")
 
@@ -30,7 +31,7 @@ class Stage:
     """The units of stage ``index`` of the model ``root``, on ``device``.
 
     ``root.training`` chooses the units' training code, as it does for the unsplit model. ``keys[microbatch][i]`` seeds
-    unit i (see ``random.py``). Values between stages are any nested tuple, list or dict of tensors and plain values.
+    unit i (see ``random.py``). Values between stages are those of ``transport/message.py``.
     With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off.
     """
 
@@ -81,7 +82,7 @@ class Stage:
         """
         leaves = [t for t in _gradient_leaves(value) if t.is_leaf]  # a batch may have a graph of its own before it
         if leaves and self._copies_input:
-            value = pytree.tree_map_only(torch.Tensor, torch.clone, value)
+            value = map_tensors(torch.clone, value)
         try:
             with self._deferring:
                 value = self._run(value, self._keys[microbatch], step_key)
@@ -96,7 +97,8 @@ class Stage:
             ) from error
         if loss is not None:
             value = loss(value)
-        self._stash[microbatch] = Stash(leaves, _gradient_leaves(value))
+        # What could not travel is refused here, also where the next stage is on this rank: it may hide tensors.
+        self._stash[microbatch] = Stash(leaves, _gradient_leaves(value, refuse))
         return value
 
     def _run(self, value: Any, keys: Sequence[int], step_key: int) -> Any:
@@ -137,7 +139,8 @@ class Stage:
                 _backward_many(outputs, gradients)
         self._work[microbatch] = self._deferral.take() if self._deferral is not None else []
         if self._fresh:
-            self._fresh = _own_gradients(self._fresh, [*pytree.tree_leaves(gradients), *(leaf.grad for leaf in leaves)])
+            given = gradients if isinstance(gradients, list) else [gradients]
+            self._fresh = _own_gradients(self._fresh, [*given, *(leaf.grad for leaf in leaves)])
         if len(leaves) == 1:
             return _take_grad(leaves[0])
         return [_take_grad(leaf) for leaf in leaves] or None
@@ -172,15 +175,14 @@ def detached(value: Any) -> Any:
     """The same tensors as leaves of a new graph, each requiring a gradient if it did: what a stage on the same rank
     gets.
     """
-    if isinstance(value, torch.Tensor):
-        return value.detach().requires_grad_(value.requires_grad)
-    return pytree.tree_map_only(torch.Tensor, detached, value)
+    return map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), value)
 
 
-def _gradient_leaves(value: Any) -> list[torch.Tensor]:
+def _gradient_leaves(value: Any, other: Callable[[Any], object] | None = None) -> list[torch.Tensor]:
+    """The tensors that a gradient goes through, each once, in the same order on both sides of a cut."""
     if isinstance(value, torch.Tensor):
         return [value] if value.requires_grad else []
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor) and t.requires_grad]
+    return [t for t in distinct(tensors(value, other)) if t.requires_grad]
 
 
 def _take_grad(leaf: torch.Tensor) -> torch.Tensor | None:

@@ -1,22 +1,27 @@
 """What may travel between stages, and how it is taken apart: a descriptor in JSON, and tensors.
 
-A value is any nesting of tuples, lists and dicts with text keys over tensors, None, bool, int, float, str and
-``torch.Size``. :func:`pack` splits it, :func:`unpack` puts it together again. No pickle: nothing that arrives
-can run code. Types are taken exactly, so that nothing changes its class on the way without a word: a named
-tuple or a tensor subclass is refused.
+A value is any nesting of tuples, lists, dicts with text keys, named tuples and dataclasses over tensors, None, bool,
+int, float, str and ``torch.Size``. :func:`pack` splits it, :func:`unpack` puts it together again. A tensor that stands
+in several places travels once, and arrives as one. Types are taken exactly, so that nothing changes its class on the
+way without a word: an ``OrderedDict`` or a tensor subclass is refused.
+
+No pickle: nothing that arrives can run code. A named tuple or dataclass travels as the name of its class and its
+fields; the receiver makes one only of a class that its own program has imported already, and calls nothing of it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from pipekern.errors import ConfigError, TransportError
+from pipekern.transport import record
+from pipekern.transport.value import PLAIN
 
 # The order is part of the message format: a tensor's header holds its dtype's place in this list.
 DTYPES: tuple[torch.dtype, ...] = (
@@ -69,10 +74,10 @@ def pack(value: Any, convert: Callable[[Tensor, str], Tensor] | None = None) -> 
 
     ``convert(tensor, place)`` is what is done to each tensor, :func:`plain` if not given.
     """
-    found: list[tuple[Tensor, str]] = []
+    found: dict[int, tuple[int, Tensor, str]] = {}
     tree = _encode(value, "the value", found)
-    tensors = [(convert or plain)(tensor, place) for tensor, place in found]
-    rows = [[DTYPE_CODE[tensor.dtype], list(tensor.shape), tensor.requires_grad] for tensor, _ in found]
+    tensors = [(convert or plain)(tensor, place) for _, tensor, place in found.values()]
+    rows = [[DTYPE_CODE[tensor.dtype], list(tensor.shape), tensor.requires_grad] for _, tensor, _ in found.values()]
     return Packed(json.dumps({"tensors": rows, "value": tree}, separators=(",", ":")).encode(), tensors)
 
 
@@ -101,7 +106,7 @@ def assemble(descriptor: bytes, tensor_of: Callable[[TensorSpec], Tensor]) -> An
     for tensor, (_, _, grad) in zip(tensors, tree["tensors"], strict=True):
         if grad:
             tensor.requires_grad_()
-    return _decode(tree["value"], iter(tensors))
+    return _decode(tree["value"], tensors)
 
 
 def plain(tensor: Tensor, place: str = "the value") -> Tensor:
@@ -133,42 +138,82 @@ def flat_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1).view(torch.uint8)
 
 
+def refuse(item: Any, place: str = "a value between stages") -> NoReturn:
+    """Raise the ``ConfigError`` for what is of no kind that can travel."""
+    kind = type(item)
+    raise ConfigError(
+        f"{place} is a {kind.__module__}.{kind.__qualname__}; between stages go tensors, None, bool, int, float "
+        "and str, in tuples, lists, dicts, named tuples and dataclasses: convert it at the end of the stage"
+    )
+
+
 # Both walks are functions of the module: a function within another that calls itself is a cycle, which would keep a
 # message's tensors, and so its slot, until the garbage collector comes by.
-def _encode(item: Any, place: str, found: list[tuple[Tensor, str]]) -> Any:
-    """The JSON of ``item``, whose tensors are appended to ``found``, each with its place."""
+def _encode(item: Any, place: str, found: dict[int, tuple[int, Tensor, str]]) -> Any:
+    """The JSON of ``item``. Its tensors are added to ``found`` by identity: a number, the tensor, its first place."""
     kind = type(item)
-    if item is None or kind in (bool, int, float, str):
-        return item
     if isinstance(item, Tensor):
-        found.append((item, place))
-        return ["tensor"]
+        return ["tensor", found.setdefault(id(item), (len(found), item, place))[0]]
     if kind is torch.Size:
         return ["size", list(item)]
+    if kind in PLAIN:
+        return item
     if kind in (tuple, list):
         return [kind.__name__, [_encode(part, f"{place}[{i}]", found) for i, part in enumerate(item)]]
     if kind is dict:
         parts = {_key(key, place): _encode(part, f"{place}[{key!r}]", found) for key, part in item.items()}
         return ["dict", parts]
-    raise ConfigError(
-        f"{place} is a {kind.__module__}.{kind.__qualname__}; between stages go tensors, None, bool, int, float "
-        "and str, in tuples, lists and dicts: convert it at the end of the stage"
-    )
+    names = record.field_names(kind)
+    if names is None:
+        refuse(item, place)
+    rows = zip(names, record.fields(item, names), strict=True)
+    encoded = {name: _encode(part, f"{place}.{name}", found) for name, part in rows}
+    return ["record", _class_name(kind, place), encoded]
 
 
-def _decode(item: Any, tensors: Iterator[Tensor]) -> Any:
+def _decode(item: Any, tensors: Sequence[Tensor]) -> Any:
     """What :func:`_encode` has encoded."""
     if not isinstance(item, list):
         return item
     kind = item[0]
     if kind == "tensor":
-        return next(tensors)
+        return tensors[item[1]]
     if kind == "dict":
         return {key: _decode(part, tensors) for key, part in item[1].items()}
     if kind == "size":
         return torch.Size(item[1])
+    if kind == "record":
+        found, names = _class_of(item[1], item[2])
+        return record.make(found, names, [_decode(part, tensors) for part in item[2].values()])
     parts = [_decode(part, tensors) for part in item[1]]
     return tuple(parts) if kind == "tuple" else parts
+
+
+def _class_name(kind: type, place: str) -> str:
+    name = record.class_name(kind)
+    if record.find_class(name) is not kind:
+        raise ConfigError(
+            f"{place} is a {name}, which no other rank could find under that name: define the class at the top level "
+            "of a module, not in a function"
+        )
+    return name
+
+
+def _class_of(name: str, parts: dict[str, Any]) -> tuple[type, tuple[str, ...]]:
+    """This process's class ``name`` and its fields, which must be those that arrived."""
+    kind = record.find_class(name)
+    names = () if kind is None else record.field_names(kind) or ()
+    if kind is None:
+        raise TransportError(
+            f"a message holds a {name}, a named tuple or dataclass that this rank does not know: import "
+            f"{name.partition(':')[0]} on every rank before the first step"
+        )
+    if names != tuple(parts):
+        raise TransportError(
+            f"a message holds a {name} with the fields {list(parts)}, here it has {list(names)}: run the same code on "
+            "every rank"
+        )
+    return kind, names
 
 
 def _key(key: Any, place: str) -> str:

@@ -10,30 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from pipekern.errors import ConfigError, MessageMismatch, TransportError
 from pipekern.transport import message
 from pipekern.transport.base import Link
+from pipekern.transport.value import tensors
 from tests.transport.programs import ALL, PROCESSES, WAIT, Ends, receive, run, send
+from tests.transport.samples import Frozen, Hidden, records, same
 
 Steps = Generator[str | None, None, Any]
 on_all = pytest.mark.parametrize("transport", ALL)
 on_processes = pytest.mark.parametrize("transport", PROCESSES)
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equal in type, structure and every bit."""
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, torch.Tensor):
-        alike = (left.dtype, left.shape, left.requires_grad) == (right.dtype, right.shape, right.requires_grad)
-        return alike and torch.equal(*(message.flat_bytes(message.plain(t)) for t in (left, right)))
-    if isinstance(left, dict):
-        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, tuple | list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return repr(left) == repr(right)
 
 
 def golden(ends: Ends) -> Steps:
@@ -85,6 +72,7 @@ def sample(seed: int) -> list[Any]:
         {"a": (matrix.clone(), None, [1, 2.5, "x"]), "b": {"c": matrix.clone().requires_grad_()}, "": (matrix.T, 0)},
         [torch.empty(0), (torch.empty(2, 0).requires_grad_(),)],
         tuple(torch.full((n,), float(n)) for n in range(1, 40)),
+        *records(g),
     ]
 
 
@@ -98,7 +86,7 @@ def round_trip(ends: Ends) -> Steps:
             there = yield from receive(ends, "0>1", tag)
             assert same(value, there.value), (tag, value, there.value)
             yield from send(ends, "1>0", tag, there.value)
-        leaves = [leaf for leaf in pytree.tree_leaves((there if ends.rank else back).value) if torch.is_tensor(leaf)]
+        leaves = tensors((there if ends.rank else back).value)
         assert all(leaf.is_leaf and leaf.is_contiguous() for leaf in leaves) or ends.shared
 
 
@@ -156,6 +144,27 @@ def graphs_apart(ends: Ends) -> Steps:
 @on_all
 def test_both_sides_have_graphs_of_their_own(transport: str) -> None:
     assert run(transport, graphs_apart)[0] == torch.tensor(6.0)
+
+
+def one_tensor_in_two_places(ends: Ends) -> Steps:
+    if ends.rank == 0:
+        weight = torch.tensor(3.0, requires_grad=True)
+        output = weight * torch.ones(4)
+        yield from send(ends, "0>1", 0, Frozen(output, {"again": Hidden(output, mask=weight.detach())}))
+        gradient = yield from receive(ends, "1>0", 0)
+        output.backward(gradient.value)
+        return weight.grad
+    got = (yield from receive(ends, "0>1", 0)).value
+    assert got.left is got.right["again"].state
+    (got.left * torch.arange(4.0) + got.right["again"].state).sum().backward()
+    assert ends.receivers["0>1"].held().count((4,)) == 1
+    yield from send(ends, "1>0", 0, got.left.grad)
+    return None
+
+
+@on_all
+def test_a_tensor_in_two_places_arrives_as_one_and_gets_one_gradient(transport: str) -> None:
+    assert run(transport, one_tensor_in_two_places)[0] == torch.tensor(10.0)
 
 
 def wrong_tag(ends: Ends) -> Steps:

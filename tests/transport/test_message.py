@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import weakref
 from collections import OrderedDict, namedtuple
+from dataclasses import make_dataclass
 from typing import Any
 
 import pytest
@@ -15,20 +17,7 @@ from hypothesis import strategies as st
 
 from pipekern.errors import ConfigError, TransportError
 from pipekern.transport import message
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equal in type, structure and every bit."""
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, torch.Tensor):
-        alike = left.dtype == right.dtype and left.shape == right.shape and left.requires_grad == right.requires_grad
-        return alike and torch.equal(message.flat_bytes(message.plain(left)), message.flat_bytes(right))
-    if isinstance(left, dict):
-        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, tuple | list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return repr(left) == repr(right)  # nan equals itself, 0.0 differs from -0.0
+from tests.transport.samples import Frozen, Pair, Slots, State, records, same
 
 
 def there_and_back(value: Any) -> Any:
@@ -46,7 +35,7 @@ def test_golden() -> None:
     descriptor, tensors = message.pack(value)
     assert json.loads(descriptor) == {
         "tensors": [[10, [2, 3], True], [15, [2], False]],
-        "value": ["dict", {"hidden": ["tensor"], "mask": ["tuple", [["tensor"], None]], "step": 3}],
+        "value": ["dict", {"hidden": ["tensor", 0], "mask": ["tuple", [["tensor", 1], None]], "step": 3}],
     }
     assert [t.data_ptr() for t in tensors] == [hidden.data_ptr(), value["mask"][0].data_ptr()]
     back = there_and_back(value)
@@ -83,7 +72,15 @@ LEAVES = (
 )
 VALUES = st.recursive(
     LEAVES,
-    lambda part: st.lists(part) | st.lists(part).map(tuple) | st.dictionaries(st.text(), part),
+    lambda part: (
+        st.lists(part)
+        | st.lists(part).map(tuple)
+        | st.dictionaries(st.text(), part)
+        | st.builds(Pair, part, part)
+        | st.builds(Frozen, part, part)
+        | st.builds(Slots, part, part)
+        | part.map(lambda item: [item, (item,)])  # the same tensors twice
+    ),
     max_leaves=12,
 )
 
@@ -94,7 +91,21 @@ def test_any_nesting_comes_back(value: Any) -> None:
     assert same(value, there_and_back(value))
 
 
-Pair = namedtuple("Pair", "left right")
+@pytest.mark.parametrize("index", range(9))
+def test_records_and_aliases_come_back(index: int) -> None:
+    value = records(torch.Generator().manual_seed(4))[index]
+    assert same(value, there_and_back(value))
+
+
+def test_a_record_is_named_and_a_tensor_in_two_places_is_sent_once() -> None:
+    tensor = torch.ones(2)
+    descriptor, sent = message.pack(Frozen(tensor, Pair(tensor, 1)))
+    assert [t.data_ptr() for t in sent] == [tensor.data_ptr()]
+    inner = ["record", "tests.transport.samples:Pair", {"left": ["tensor", 0], "right": 1}]
+    assert json.loads(descriptor) == {
+        "tensors": [[10, [2], False]],
+        "value": ["record", "tests.transport.samples:Frozen", {"left": ["tensor", 0], "right": inner}],
+    }
 
 
 class Wrapped(torch.Tensor):
@@ -105,8 +116,11 @@ class Wrapped(torch.Tensor):
     ("value", "words"),
     [
         ((1, {"a": {1, 2}}), ["the value[1]['a']", "builtins.set"]),
-        (Pair(1, 2), ["Pair"]),
         (OrderedDict(a=1), ["OrderedDict"]),
+        (State(1, rest=Frozen(2, {3})), ["the value.rest.right", "builtins.set"]),
+        (make_dataclass("Local", ["x"])(1), ["Local", "top level"]),
+        (namedtuple("Local", "x")(x=1), ["Local", "top level"]),
+        (torch.ones(2, 2).max(0), ["torch.return_types.max"]),
         ({1: 2}, ["key 1", "rename"]),
         ([torch.float32], ["torch.dtype"]),
         (torch.rand(2).as_subclass(Wrapped), ["Wrapped", "as_subclass"]),
@@ -144,3 +158,22 @@ def test_damage_is_noticed() -> None:
         message.unpack(descriptor, tensors[::-1])
     with pytest.raises(TransportError, match="announces"):
         message.unpack(descriptor, tensors[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "words"),
+    [
+        ("os:system", {"command": "true"}, ["os:system", "import os"]),
+        ("subprocess:Popen", {"args": "true"}, ["subprocess:Popen"]),
+        ("antigravity:Comic", {}, ["antigravity"]),
+        ("tests.transport.samples:Pair", {"left": 1}, ["['left']", "['left', 'right']", "same code"]),
+        ("tests.transport.samples:State", {"hidden": 1, "__class__": 2}, ["__class__", "same code"]),
+    ],
+)
+def test_only_known_records_with_their_own_fields_are_made(name: str, parts: dict[str, Any], words: list[str]) -> None:
+    """Whatever a message says: nothing is imported and nothing is called."""
+    descriptor = json.dumps({"tensors": [], "value": ["record", name, parts]}).encode()
+    with pytest.raises(TransportError) as caught:
+        message.unpack(descriptor, [])
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "antigravity" not in sys.modules
