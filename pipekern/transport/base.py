@@ -2,9 +2,9 @@
 
 A :class:`Link` is one direction between two ends, first in, first out, with a fixed number of slots. The
 sending rank holds its :class:`Sender`, the receiving rank its :class:`Receiver`. A message is any nesting
-of tuples, lists, dicts, named tuples and dataclasses over tensors and plain values (see ``message.py``). Sends never wait: without a free slot
-``send`` returns False and the caller tries again later. Receives wait, and every wait ends: with the
-message, with the job's abort, with a peer's death, or at the deadline.
+of tuples, lists, dicts, named tuples and dataclasses over tensors and plain values (see ``message.py``). Sends
+never wait: without a free slot ``send`` returns False and the caller tries again later. Receives wait, and every
+wait ends: with the message, with the job's abort, with a peer's death, or at the deadline.
 """
 
 from __future__ import annotations

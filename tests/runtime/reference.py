@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ def step(model: nn.Module, loss_fn: LossFn, x: Any, y: Any, microbatches: int = 
     """Add the gradients of the batch's mean loss to ``.grad`` and return that loss, 0-d float64.
 
     The whole batch at once; with ``microbatches`` one after the other, the first ones a sample larger where it does not
-    divide, each counting by its samples. ``x`` and ``y``: tensors, or tuples, lists or dicts of them and plain values.
+    divide, each counting by its samples. ``x`` and ``y``: tensors, or any nesting of them and plain values.
     """
     total = torch.zeros((), dtype=torch.float64)
     for part, target in zip(split(x, microbatches), split(y, microbatches), strict=True):
@@ -30,11 +31,15 @@ def step(model: nn.Module, loss_fn: LossFn, x: Any, y: Any, microbatches: int = 
 
 def split(value: Any, microbatches: int) -> list[Any]:
     """The parts of a batch; what is not a tensor, or has no dimensions, goes to every part."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = split({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, microbatches)
+        return [dataclasses.replace(value, **part) for part in parts]
     if isinstance(value, dict):
         columns = [split(item, microbatches) for item in value.values()]
         return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     if isinstance(value, tuple | list):
-        return [type(value)(row) for row in zip(*(split(item, microbatches) for item in value), strict=True)]
+        make = getattr(value, "_make", type(value))
+        return [make(row) for row in zip(*(split(item, microbatches) for item in value), strict=True)]
     if isinstance(value, Tensor) and value.dim() > 0:
         return list(value.tensor_split(microbatches))
     return [value] * microbatches
@@ -44,8 +49,10 @@ def samples(value: Any) -> int:
     """Samples in a batch: the length of its first tensor."""
     if isinstance(value, Tensor):
         return len(value)
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, f.name) for f in dataclasses.fields(value)]
     items = value.values() if isinstance(value, dict) else value
-    return next(samples(item) for item in items if isinstance(item, Tensor | dict | tuple | list))
+    return next(samples(item) for item in items if item is not None and not isinstance(item, int | float | str))
 
 
 @torch.no_grad()

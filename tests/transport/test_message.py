@@ -6,8 +6,8 @@ import gc
 import json
 import sys
 import weakref
-from collections import OrderedDict, namedtuple
-from dataclasses import make_dataclass
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -108,6 +108,14 @@ def test_a_record_is_named_and_a_tensor_in_two_places_is_sent_once() -> None:
     }
 
 
+def _local() -> Any:
+    @dataclass
+    class Local:
+        size: int
+
+    return Local(1)
+
+
 class Wrapped(torch.Tensor):
     pass
 
@@ -118,8 +126,7 @@ class Wrapped(torch.Tensor):
         ((1, {"a": {1, 2}}), ["the value[1]['a']", "builtins.set"]),
         (OrderedDict(a=1), ["OrderedDict"]),
         (State(1, rest=Frozen(2, {3})), ["the value.rest.right", "builtins.set"]),
-        (make_dataclass("Local", ["x"])(1), ["Local", "top level"]),
-        (namedtuple("Local", "x")(x=1), ["Local", "top level"]),
+        (_local(), ["Local", "top level"]),
         (torch.ones(2, 2).max(0), ["torch.return_types.max"]),
         ({1: 2}, ["key 1", "rename"]),
         ([torch.float32], ["torch.dtype"]),

@@ -19,11 +19,8 @@ from tests.transport.samples import Deeper, Frozen, Hidden, Pair, Slots, State, 
 
 def test_golden() -> None:
     a, b = torch.ones(1), torch.ones(2)
-    value: dict[str, Any] = {
-        "x": State(a, rest=[b, None]),
-        "y": (Hidden(b), 3, "text"),
-    }  # State doubles what it is given
-    doubled = value["x"].hidden
+    value: dict[str, Any] = {"x": State(a, rest=[b, None]), "y": (Hidden(b), 3, "text")}
+    doubled = value["x"].hidden  # by __post_init__
     assert [t is want for t, want in zip(tensors(value), [doubled, b, b], strict=True)] == [True] * 3
     assert [id(t) for t in distinct(tensors(value))] == [id(doubled), id(b)]
     calls: list[Tensor] = []
