@@ -53,11 +53,13 @@ class Blueprint:
     def row(self) -> dict[str, Any]:
         """What every rank must agree on."""
         parameters = [pair for units in self.stages for unit in units for pair in unit.named_parameters()]
+        first = self.stages[0][0]
         return {
             "schedule": self.schedule.name,
             "micro-batches": self.schedule.microbatches,
             "chunks": self.schedule.chunks,
             "order of instructions": str(self.schedule),
+            "inputs": None if first.arguments is None else list(first.arguments.given),
             "split": [len(units) for units in self.stages],
             "parameters": [f"{name} {list(p.shape)}" for name, p in parameters],
             "dtype": ", ".join(sorted({str(p.dtype) for _, p in parameters})),
@@ -67,7 +69,7 @@ class Blueprint:
 
 def draw(options: Options, ranks: int) -> Blueprint:
     """Check every option and cut the model. Raises ``ConfigError`` or ``ScheduleError`` before anything starts."""
-    root, units = cut(options.module, options.seed)
+    root, units = cut(options.module, options.seed, options.inputs)
     _check_microbatches(options.microbatches)
     if options.schedule == "auto":
         order, counts = _chosen(options, units, ranks)

@@ -36,6 +36,7 @@ class Options:
     seed: int
     transport: str
     timeout: float
+    inputs: Sequence[str] | None = None
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""

@@ -42,6 +42,9 @@ class Pipeline:
     * ``split``: units a stage, or ``LayerCosts`` from ``pk.profile``; by default estimated.
     * ``on_nonfinite``: a loss or norm that is not finite raises ``NumericsError``, or drops the step's gradients on all
       ranks together (``"skip"``), or is let through (``"ignore"``).
+    * ``inputs``: the parameters of the module's forward that a batch gives, as ``["input_ids", "attention_mask"]``; by
+      default those without a default value, else the first. The others keep their defaults. ``x`` gives several by a
+      tuple in this order, or by a dict.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
@@ -64,6 +67,7 @@ class Pipeline:
         seed: int = 0,
         transport: str = "auto",
         timeout: float = 60.0,
+        inputs: Sequence[str] | None = None,
     ):
         self._parts = start(
             Options(
@@ -79,6 +83,7 @@ class Pipeline:
                 seed,
                 transport,
                 timeout,
+                inputs,
             )
         )
         self._on_nonfinite = on_nonfinite

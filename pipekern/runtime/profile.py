@@ -43,14 +43,16 @@ class LayerCosts:
         return [sum(row) for row in zip(self.forward, self.backward, self.weight, strict=True)]
 
 
-def profile(model: nn.Module | Sequence[LayerSpec], x: Any, *, repeats: int = 5) -> LayerCosts:
+def profile(
+    model: nn.Module | Sequence[LayerSpec], x: Any, *, repeats: int = 5, inputs: Sequence[str] | None = None
+) -> LayerCosts:
     """Run each unit of ``model`` forward and backward on what it gets from the one before, and take medians.
 
-    ``x`` is one micro-batch. It works on a copy: weights, gradients, buffers and random state of ``model`` stay as they
-    are.
+    ``x`` is one micro-batch; ``inputs`` is as in ``Pipeline``. It works on a copy: weights, gradients, buffers and
+    random state of ``model`` stay as they are.
     """
     source = copy.deepcopy(model) if isinstance(model, nn.Module) else model
-    units = cut(source, seed=0)[1]
+    units = cut(source, 0, inputs)[1]
     units = [unit.built() for unit in units]
     device = next((p.device for unit in units for _, p in unit.named_parameters()), torch.device("cpu"))
     value, rows = x, []

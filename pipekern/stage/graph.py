@@ -8,14 +8,15 @@ and what it reads of ``self`` is read once, here; ``self.training`` alone is fol
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 
 from pipekern.errors import ConfigError
+from pipekern.stage.arguments import Arguments
 
 
 class Piece(NamedTuple):
@@ -26,13 +27,17 @@ class Piece(NamedTuple):
     evaluate: fx.GraphModule
 
 
-def cut_graph(root: nn.Module) -> list[Piece]:
-    """The units of ``root``: what is before the layers, each layer, what is after them. Raises ``ConfigError``."""
+def cut_graph(root: nn.Module, arguments: Arguments | None = None) -> list[Piece]:
+    """The units of ``root``: what is before the layers, each layer, what is after them. Raises ``ConfigError``.
+
+    The first takes what ``arguments`` say is given (if None: what the forward needs), under those names.
+    """
     path, layers = _layer_list(root)
+    arguments = arguments or Arguments.of(root)
     modes = {module: module.training for module in root.modules()}
     try:
-        train = _pieces(root.train(), path, layers)
-        evaluate = _pieces(root.eval(), path, layers)
+        train = _pieces(root.train(), path, layers, arguments)
+        evaluate = _pieces(root.eval(), path, layers, arguments)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -41,7 +46,46 @@ def cut_graph(root: nn.Module) -> list[Piece]:
             f"{type(root).__name__} runs other layers in training than in evaluation; the split must be the same in "
             "both"
         )
-    return [Piece(name, a, a if a.code == b.code else b) for (name, a), (_, b) in zip(train, evaluate, strict=True)]
+    pieces = [Piece(name, a, a if a.code == b.code else b) for (name, a), (_, b) in zip(train, evaluate, strict=True)]
+    _give_homes(root, pieces)
+    return pieces
+
+
+def _give_homes(root: nn.Module, pieces: Sequence[Piece]) -> None:
+    """Let every name of a parameter or buffer be in a training trace, so that none is missing in the model's state.
+
+    A further name of a tensor goes where the tensor is, what only evaluation uses to the piece that does, and what no
+    forward uses to the first one.
+    """
+    place: dict[int, Piece] = {}
+    for piece in pieces:
+        own = _state(piece.train)
+        _adopt(root, piece.train, [name for name in _state(piece.evaluate) if name not in own])
+        for tensor in _state(piece.train).values():
+            place.setdefault(id(tensor), piece)
+    known = {name for piece in pieces for name in _state(piece.train)}
+    for name, tensor in _state(root).items():
+        if name not in known:
+            _adopt(root, place.get(id(tensor), pieces[0]).train, [name])
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers under every name they have."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+def _adopt(root: nn.Module, into: nn.Module, names: Sequence[str]) -> None:
+    """Hold ``root``'s parameters and buffers ``names`` in ``into`` as well, in modules that do nothing."""
+    for path, _, name in (whole.rpartition(".") for whole in names):
+        source, target = root.get_submodule(path), into
+        for part in path.split(".") if path else ():
+            if part not in target._modules:
+                target.add_module(part, nn.Module())
+            target = target.get_submodule(part)
+        if name in source._parameters:
+            target.register_parameter(name, source._parameters[name])
+        else:
+            target.register_buffer(name, source._buffers[name], name not in source._non_persistent_buffers_set)
 
 
 def _layer_list(root: nn.Module) -> tuple[str, list[str]]:
@@ -58,20 +102,35 @@ def _layer_list(root: nn.Module) -> tuple[str, list[str]]:
 
 
 class _Tracer(fx.Tracer):
-    """Every submodule is a leaf but those that hold the layer list."""
+    """Every submodule is a leaf but those that hold the layer list. What is not given keeps its default."""
 
     proxy_buffer_attributes = True  # so that a causal mask can be sliced by the sequence's length
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, arguments: Arguments):
         super().__init__()
         self._path = path
+        self._arguments = arguments
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """The forward as a function of what is given alone."""
+
+        def forward(root: nn.Module, *values: fx.Proxy) -> Any:
+            positional, named = self._arguments.order(values)
+            return root_fn(root, *positional, **named)
+
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in self._arguments.given]
+        return forward, [self.root, *inputs]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not (self._path == module_qualified_name or self._path.startswith(module_qualified_name + "."))
 
 
-def _pieces(root: nn.Module, path: str, layers: Sequence[str]) -> list[tuple[str, fx.GraphModule]]:
-    graph = _trace(root, path)
+def _pieces(
+    root: nn.Module, path: str, layers: Sequence[str], arguments: Arguments
+) -> list[tuple[str, fx.GraphModule]]:
+    graph = _trace(root, path, arguments)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
     calls = [i for i, node in enumerate(nodes) if node.op == "call_module" and node.target in layers]
     if not calls:
@@ -86,11 +145,9 @@ def _pieces(root: nn.Module, path: str, layers: Sequence[str]) -> list[tuple[str
     return list(zip(names, _split(root, graph, segments), strict=True))
 
 
-def _trace(root: nn.Module, path: str) -> fx.Graph:
-    parameters = inspect.signature(root.forward).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+def _trace(root: nn.Module, path: str, arguments: Arguments) -> fx.Graph:
     try:
-        graph = _Tracer(path).trace(root, defaults)
+        graph = _Tracer(path, arguments).trace(root)
     except Exception as error:
         raise ConfigError(
             f"the forward of {type(root).__name__} cannot be traced around self.{path}: {error}. Keep branches on "
@@ -104,19 +161,7 @@ def _trace(root: nn.Module, path: str) -> fx.Graph:
                 "trace would "
                 "freeze; register it as a buffer"
             )
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    _drop(graph, [node for name, node in zip(parameters, inputs, strict=True) if name in defaults])
     return graph
-
-
-def _drop(graph: fx.Graph, inputs: Sequence[fx.Node]) -> None:
-    """Take ``inputs``, traced with their defaults, out of the signature, with the checks that fx puts on them."""
-    dead = dict.fromkeys(inputs)
-    for node in graph.nodes:
-        if any(source in dead for source in node.all_input_nodes):
-            dead[node] = None
-    for node in reversed(dead):
-        graph.erase_node(node)
 
 
 def _split(root: nn.Module, graph: fx.Graph, segments: Sequence[Sequence[fx.Node]]) -> list[fx.GraphModule]:

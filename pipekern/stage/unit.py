@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
+from pipekern.stage.arguments import Arguments
 from pipekern.stage.graph import cut_graph
 from pipekern.stage.spec import LayerSpec
 
@@ -28,24 +28,19 @@ class Unit:
     evaluate: nn.Module
     prefix: str = ""
     build: Callable[[], nn.Module] | None = None
-    spread: tuple[str, ...] = ()
+    arguments: Arguments | None = None
 
     def call(self, module: nn.Module) -> Callable[[Any], Any]:
-        """``module`` (train or evaluate) as a function of one value.
-
-        A model's forward with one parameter gets the batch as it is; with several, which ``spread`` of its first unit
-        names, a tuple is spread over them in order and a dict by name. Parameters with a default keep it.
+        """``module`` (train or evaluate) as a function of one value, which the first unit of a model whose forward has
+        several parameters takes apart; see :meth:`Arguments.spread`.
         """
-        if not self.spread:
+        arguments = self.arguments
+        if arguments is None or not arguments.several:
             return module
-        names = set(self.spread)
 
         def spreading(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return module(*value)
-            if isinstance(value, dict) and value.keys() <= names:
-                return module(**value)
-            return module(value)
+            positional, named = arguments.spread(value)
+            return module(*positional, **named)
 
         return spreading
 
@@ -66,22 +61,31 @@ class Unit:
         return replace(self, train=layer, evaluate=layer, build=None)
 
 
-def cut(model: nn.Module | Sequence[LayerSpec], seed: int) -> tuple[nn.Module, list[Unit]]:
+def cut(
+    model: nn.Module | Sequence[LayerSpec], seed: int, inputs: Sequence[str] | None = None
+) -> tuple[nn.Module, list[Unit]]:
     """The root module and its units.
 
     ``nn.Sequential`` is cut at its children (nested ones included), a list of specs at its layers, any other module
     at the layers of its longest ``nn.ModuleList`` or ``nn.Sequential``, which its forward must call one after the
-    other; what is before and after them are units of their own. Raises ``ConfigError``.
+    other; what is before and after them are units of their own. ``inputs`` names the parameters of that forward which
+    a batch gives, by default those without a default. Raises ``ConfigError``.
     """
+    if inputs is not None and (isinstance(model, nn.Sequential) or not isinstance(model, nn.Module)):
+        raise ConfigError(
+            f"inputs={list(inputs)} for a {type(model).__name__}, whose first layer takes a batch as it is; leave "
+            "inputs out"
+        )
     if isinstance(model, nn.Sequential):
         _refuse_hooks(model)
         units = [Unit(name, layer, layer, f"{name}.") for name, layer in _children(model, "")]
         root: nn.Module = model
     elif isinstance(model, nn.Module):
         root = model
-        units = [Unit(piece.name, piece.train, piece.evaluate) for piece in cut_graph(model)]
+        arguments = Arguments.of(model, inputs)
+        units = [Unit(piece.name, piece.train, piece.evaluate) for piece in cut_graph(model, arguments)]
         _refuse_hooks(model)
-        units[0] = replace(units[0], spread=_forward_parameters(model))
+        units[0] = replace(units[0], arguments=arguments)
     else:
         root, units = _lazy(model, seed)
     if not units:
@@ -124,10 +128,3 @@ def _refuse_hooks(module: nn.Module) -> None:
         raise ConfigError(
             f"{type(module).__name__} has hooks of its own, and no rank runs it whole; put the hooks on its layers"
         )
-
-
-def _forward_parameters(root: nn.Module) -> tuple[str, ...]:
-    """The names of the forward's parameters without a default, where there are several."""
-    parameters = inspect.signature(root.forward).parameters.values()
-    names = tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
-    return names if len(names) > 1 else ()

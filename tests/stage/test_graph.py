@@ -200,6 +200,39 @@ def test_a_layer_called_twice_is_a_unit_twice() -> None:
     assert torch.equal(_run(pieces, x), model(x))
 
 
+class Unused(Modes):
+    """Parts that no forward uses, or evaluation alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(2))
+        self.register_buffer("table", torch.ones(3))
+        self.register_buffer("cache", torch.ones(3), persistent=False)
+        self.spare = nn.ModuleDict({"norm": nn.BatchNorm1d(2), "tied": self.layers[0]})
+        self.late = nn.Linear(2, 2)
+        self.same = self.layers[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[1](self.layers[0](x))
+        return x * 2 if self.training else self.late(x)
+
+
+def test_what_is_not_used_keeps_its_names_and_a_home() -> None:
+    """The state over all pieces has every name; what evaluation alone uses lives where evaluation uses it."""
+    model = Unused()
+    pieces = cut_graph(model)
+    names = {name for piece in pieces for name in piece.train.state_dict()}
+    assert names == model.state_dict().keys()
+    assert "table" in pieces[0].train.state_dict()
+    assert [piece.name for piece in pieces if "late.weight" in piece.train.state_dict()] == ["after"]
+    assert dict(pieces[0].train.named_parameters())["alpha"] is model.alpha
+    assert [piece.name for piece in pieces if "same.weight" in piece.train.state_dict()] == ["layers.1"]
+    value = x = torch.randn(3, 2)
+    for piece in pieces:
+        value = piece.evaluate(value)
+    assert torch.equal(value, model.eval()(x))
+
+
 class Fewer(Modes):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers[0](x)
