@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from benchmarks.pipelines.case import Case
 from benchmarks.pipelines.contender import Contender, Running
+from pipekern.errors import ConfigError
 
 TOLERANCE = 1e-4  # of the largest gradient entry; float32, sums in another order
 
@@ -41,8 +42,11 @@ def run(case: Case, contenders: Sequence[Contender], rounds: int, say: Callable[
         units = len(case.costs(contender.stages))
         if units < contender.stages:
             say(f"  {contender} is left out: {units} units are too few for {contender.stages} stages")
-        else:
+            continue
+        try:
             errors[contender] = gradient_error(case, contender)
+        except (ValueError, ConfigError) as refusal:  # of this number of micro-batches, the same on both ranks
+            say(f"  {contender} is left out: {refusal}")
     running = {contender: contender.start(case) for contender in errors}
     times: dict[Contender, list[float]] = {contender: [] for contender in running}
     for number in range(rounds):

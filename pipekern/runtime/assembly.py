@@ -144,7 +144,7 @@ class Assembly:
 
 
 def build_stages(
-    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], seed: int
+    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], seed: int, recompute: str
 ) -> dict[int, Stage]:
     """The stages ``here``, with memory and weights, each on the device of its rank; ``devices`` is by rank."""
     stages = {}
@@ -156,5 +156,5 @@ def build_stages(
             unit.evaluate.to(device)
         first = blueprint.first_unit[index]
         keys = unit_keys(seed, blueprint.schedule.microbatches, range(first, first + len(units)))
-        stages[index] = Stage(index, blueprint.root, units, device, keys, blueprint.schedule.defers)
+        stages[index] = Stage(index, blueprint.root, units, device, keys, blueprint.schedule.defers, recompute)
     return stages

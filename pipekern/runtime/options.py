@@ -12,6 +12,7 @@ from torch import nn
 from pipekern.errors import ConfigError
 from pipekern.runtime.profile import LayerCosts
 from pipekern.schedule.ir import Schedule
+from pipekern.stage.recompute import CHOICES
 from pipekern.stage.spec import LayerSpec
 from pipekern.transport.open import choose
 
@@ -32,6 +33,7 @@ class Options:
     chunks: int | None
     schedule: str | Schedule
     split: Split
+    recompute: str
     on_nonfinite: str
     seed: int
     transport: str
@@ -41,7 +43,8 @@ class Options:
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
         choose(self.transport, None)
-        if self.on_nonfinite not in POLICIES:
-            raise ConfigError(f"on_nonfinite={self.on_nonfinite!r}; choose one of {', '.join(map(repr, POLICIES))}")
+        for name, choices in (("recompute", CHOICES), ("on_nonfinite", POLICIES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
         if not self.timeout > 0:
             raise ConfigError(f"timeout={self.timeout!r}; give the seconds that a silent rank is waited for, above 0")

@@ -40,6 +40,8 @@ class Pipeline:
       own.
     * ``schedule``: a name, a ``Schedule``, or ``"auto"``: what has the shortest simulated step.
     * ``split``: units a stage, or ``LayerCosts`` from ``pk.profile``; by default estimated.
+    * ``recompute``: ``"full"`` keeps the input of each unit and runs it again in the backward, ``"selective"`` also
+      keeps the results of its products; the same random numbers, the same gradients, less memory, more time.
     * ``on_nonfinite``: a loss or norm that is not finite raises ``NumericsError``, or drops the step's gradients on all
       ranks together (``"skip"``), or is let through (``"ignore"``).
     * ``inputs``: the parameters of the module's forward that a batch gives, as ``["input_ids", "attention_mask"]``; by
@@ -63,6 +65,7 @@ class Pipeline:
         chunks: int | None = None,
         schedule: str | Schedule = "1f1b",
         split: Split = None,
+        recompute: str = "none",
         on_nonfinite: str = "raise",
         seed: int = 0,
         transport: str = "auto",
@@ -79,6 +82,7 @@ class Pipeline:
                 chunks,
                 schedule,
                 split,
+                recompute,
                 on_nonfinite,
                 seed,
                 transport,

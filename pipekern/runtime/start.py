@@ -37,7 +37,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
     if rank is not None:
         free_others(blueprint, owned(blueprint, here))
-    stages = build_stages(blueprint, here, devices, options.seed)
+    stages = build_stages(blueprint, here, devices, options.seed, options.recompute)
     transport, senders, receivers = open_transport(options.transport, links(blueprint), schedule.ranks, world)
     return Assembly(blueprint, rank, stages, options.loss_fn, transport, senders, receivers)
 

@@ -12,6 +12,7 @@ from torch import nn
 from pipekern.errors import ConfigError
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.random import generator
+from pipekern.stage.recompute import Recomputed
 from pipekern.stage.unit import Unit
 from pipekern.stage.waiting import Work
 from pipekern.transport.message import refuse
@@ -32,7 +33,8 @@ class Stage:
 
     ``root.training`` chooses the units' training code, as it does for the unsplit model. ``keys[microbatch][i]`` seeds
     unit i (see ``random.py``). Values between stages are those of ``transport/message.py``.
-    With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off.
+    With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off. ``recompute`` says
+    what is made again in the backward, see ``recompute.py``.
     """
 
     def __init__(
@@ -43,15 +45,19 @@ class Stage:
         device: torch.device,
         keys: list[list[int]],
         defers: bool = False,
+        recompute: str = "none",
     ):
         self.index = index
         self._root = root
         self.units = list(units)
         self.device = device
-        self._train = [unit.call(unit.train) for unit in units]
         self._evaluate = [unit.call(unit.evaluate) for unit in units]
+        run = _runner(recompute, generator(device).manual_seed)
+        self._runs = {
+            True: [run(unit.call(unit.train), unit.train) for unit in units],
+            False: [run(call, unit.evaluate) for call, unit in zip(self._evaluate, units, strict=True)],
+        }
         self._keys = keys
-        self._generator = generator(device)
         self._stash: dict[int, Stash] = {}
         self._work: dict[int, list[Work]] = {}
         modules = [module for unit in units for module in unit.train.modules()]
@@ -102,10 +108,8 @@ class Stage:
         return value
 
     def _run(self, value: Any, keys: Sequence[int], step_key: int) -> Any:
-        manual_seed = self._generator.manual_seed
-        for unit, key in zip(self._train if self._root.training else self._evaluate, keys, strict=True):
-            manual_seed(key ^ step_key)
-            value = unit(value)
+        for run, key in zip(self._runs[self._root.training], keys, strict=True):
+            value = run(key ^ step_key, value)
         return value
 
     def evaluate(self, value: Any) -> Any:
@@ -151,6 +155,25 @@ class Stage:
         self._work.clear()
         if self._deferral is not None:
             self._deferral.take()
+
+
+Run = Callable[[int, Any], Any]  # of a seed and a value
+
+
+def _runner(recompute: str, seed: Callable[[int], object]) -> Callable[[Callable[[Any], Any], nn.Module], Run]:
+    """What makes a unit's call, and its module, into one that starts from a seed."""
+
+    def seeded(call: Callable[[Any], Any], module: nn.Module) -> Run:
+        def run(key: int, value: Any) -> Any:
+            seed(key)
+            return call(value)
+
+        return run
+
+    def recomputed(call: Callable[[Any], Any], module: nn.Module) -> Run:
+        return Recomputed(call, module, recompute, seed)
+
+    return seeded if recompute == "none" else recomputed
 
 
 def _own_gradients(fresh: Sequence[nn.Parameter], travelling: Sequence[torch.Tensor | None]) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from pipekern.runtime.options import Options
 
 
 def _options(module: nn.Module) -> Options:
-    return Options(module, nn.MSELoss(), 2, 2, None, None, "1f1b", None, "raise", 0, "auto", 60.0)
+    return Options(module, nn.MSELoss(), 2, 2, None, None, "1f1b", None, "none", "raise", 0, "auto", 60.0)
 
 
 def test_freed_parameters_keep_shapes_and_ties() -> None:

@@ -273,3 +273,20 @@ def test_value_that_cannot_travel_is_named() -> None:
     pipe = pk.Pipeline(model, loss_fn=F.mse_loss, microbatches=2, ranks=2, split=[2, 1])
     with pipe, pytest.raises(pk.ConfigError, match=r"Unnamed"):
         pipe.train_step(torch.randn(4, 4), torch.randn(4, 4))
+
+
+def _embedded() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_batch_that_requires_a_gradient_gets_it(schedule: str, seed: int) -> None:
+    """In one process, as from the unsplit model."""
+    x, y = _batch(8)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    F.mse_loss(make_seeded(_embedded, seed)(leaves[0]), y).backward()
+    net = make_seeded(_embedded, seed)
+    with pk.Pipeline(net, loss_fn=F.mse_loss, microbatches=4, ranks=2, schedule=schedule) as pipe:
+        pipe.train_step(leaves[1], y)
+    assert leaves[0].grad is not None and leaves[1].grad is not None
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-12, atol=1e-12)

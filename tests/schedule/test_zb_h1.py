@@ -11,7 +11,7 @@ def test_golden_rows() -> None:
     assert_docstring_draws(zb_h1, schedule)
     assert row(schedule, 0) == "0F0 0F1 0F2 0B0 0W0 0F3 0B1 0W1 0B2 0W2 0B3 0W3"
     assert row(schedule, 2) == "2F0 2B0 2F1 2B1 2F2 2B2 2W0 2F3 2B3 2W1 2W2 2W3"
-    assert schedule.synchronous and not schedule.duplicates_weights and not schedule.runnable
+    assert schedule.synchronous and not schedule.duplicates_weights and schedule.runnable
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])

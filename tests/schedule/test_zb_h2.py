@@ -12,7 +12,7 @@ def test_golden_rows() -> None:
     assert_docstring_draws(zb_h2, schedule)
     assert row(schedule, 0) == "0F0 0F1 0F2 0F3 0F4 0B0 0W0 0F5 0B1 0W1 0B2 0W2 0B3 0W3 0B4 0W4 0B5 0W5"
     assert row(schedule, 2) == "2F0 2B0 2F1 2B1 2F2 2B2 2F3 2B3 2F4 2B4 2W0 2F5 2B5 2W1 2W2 2W3 2W4 2W5"
-    assert schedule.synchronous and not schedule.duplicates_weights and not schedule.runnable
+    assert schedule.synchronous and not schedule.duplicates_weights and schedule.runnable
 
 
 def test_with_the_memory_of_zb_h1_it_is_zb_h1() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pipekern.errors import ConfigError
 from pipekern.stage.random import unit_keys
 from pipekern.stage.stage import Stage, detached
 from pipekern.stage.unit import cut
@@ -169,3 +170,45 @@ def test_detached_cuts_the_graph_and_keeps_who_wants_a_gradient() -> None:
     assert not value["b"][0].requires_grad
     assert value["b"][1:] == (3, None)
     assert not value["c"].requires_grad
+
+
+class Hidden(nn.Module):
+    """Writes into its input, and nothing of it says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        exec("x.mul_(2)", {"x": x})
+        return x
+
+
+def test_a_hidden_write_into_the_input_is_refused_with_the_mend() -> None:
+    stage = _stage(Hidden())
+    with pytest.raises(ConfigError, match=r"stage 1 writes into its input in place.*`inplace = True`"):
+        stage.forward(0, _leaf(2, 3), 0)
+    layer = Hidden()
+    layer.inplace = True  # type: ignore[assignment]  # the mend
+    x = _leaf(2, 3)
+    told = _stage(layer)
+    assert torch.equal(told.forward(0, x, 0), 2 * x)
+    assert torch.equal(told.backward(0, torch.ones(2, 3, dtype=torch.float64)), torch.full_like(x, 2.0))
+
+
+def test_weight_work_waits_and_counts_as_held() -> None:
+    """B frees the graph and keeps the micro-batch; W adds the weight gradient, in any order, once."""
+    layer = nn.Linear(3, 3)
+    root, units = cut(nn.Sequential(layer).double(), seed=0)
+    stage = Stage(0, root, units, CPU, unit_keys(0, 2, range(1)), defers=True)
+    stage.begin()
+    inputs = [_leaf(2, 3), _leaf(2, 3)]
+    for i, x in enumerate(inputs):
+        stage.forward(i, x, 0)
+    assert stage.live == 2
+    for i in (0, 1):
+        stage.backward_input(i, torch.ones(2, 3, dtype=torch.float64))
+    assert stage.live == 2 and layer.weight.grad is None
+    stage.backward_weight(1)
+    assert torch.equal(layer.weight.grad, inputs[1].detach().sum(0).expand(3, 3))  # type: ignore[arg-type]
+    stage.backward_weight(0)
+    assert stage.live == 0
+    torch.testing.assert_close(layer.weight.grad, (inputs[0] + inputs[1]).detach().sum(0).expand(3, 3))
+    with pytest.raises(KeyError):
+        stage.backward_weight(0)
