@@ -44,9 +44,8 @@ class Pipeline:
       keeps the results of its products; the same random numbers, the same gradients, less memory, more time.
     * ``on_nonfinite``: a loss or norm that is not finite raises ``NumericsError``, or drops the step's gradients on all
       ranks together (``"skip"``), or is let through (``"ignore"``).
-    * ``inputs``: the parameters of the module's forward that a batch gives, as ``["input_ids", "attention_mask"]``; by
-      default those without a default value, else the first. The others keep their defaults. ``x`` gives several by a
-      tuple in this order, or by a dict.
+    * ``inputs``: parameters of the module's forward that ``x`` gives, by a dict or by a tuple in this order; if None,
+      those without a default, else the first.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first

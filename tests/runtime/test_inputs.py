@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -124,8 +125,6 @@ def test_costs_are_measured_with_the_same_inputs() -> None:
 
 
 def _other_inputs(ranks: int) -> str:
-    import os
-
     inputs = INPUTS[: 1 + int(os.environ["RANK"])]
     with pytest.raises(pk.ConfigError) as caught:
         pk.Pipeline(Model(), loss_fn=_loss, microbatches=2, ranks=ranks, inputs=inputs, timeout=20.0)

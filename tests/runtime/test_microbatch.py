@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipekern.errors import ConfigError
 from pipekern.runtime import microbatch
+from tests.transport.samples import Frozen, Pair
 
 
 def test_golden() -> None:
@@ -48,6 +49,29 @@ def test_join_stacks_what_has_no_dimensions_and_keeps_plain_values() -> None:
     joined = microbatch.join(parts)
     assert joined["loss"].tolist() == [0.0, 1.0, 2.0]
     assert (joined["name"], joined["none"]) == ("a", None)
+
+
+def test_records_are_split_and_joined_and_aliases_stay() -> None:
+    x = torch.arange(6.0)
+    parts = microbatch.split(Frozen(x, Pair([x, 3], torch.tensor(2))), 4, "x")
+    assert [part.left.tolist() for part in parts] == [[0, 1], [2, 3], [4], [5]]
+    assert all(part.left is part.right.left[0] and type(part.right) is Pair for part in parts)
+    joined = microbatch.join(parts)
+    assert torch.equal(joined.left, x) and torch.equal(joined.right.left[0], x) and joined.right.right.shape == (4,)
+
+
+def test_outputs_may_be_one_tensor_in_some_micro_batches_alone() -> None:
+    """As ``x.contiguous()`` is ``x`` where it is contiguous."""
+    a, b, c = torch.ones(1), torch.zeros(2), torch.full((2,), 2.0)
+    first, second = microbatch.join([(a, a), (b, c)])
+    assert (first.tolist(), second.tolist()) == ([1, 0, 0], [1, 2, 2])
+
+
+def test_objects_are_joined_only_if_they_are_the_same() -> None:
+    dtype = torch.float32
+    assert microbatch.join([{"dtype": dtype, "x": torch.ones(1)}] * 2)["dtype"] is dtype
+    with pytest.raises(ConfigError, match=r"builtins\.set a micro-batch, which cannot be joined"):
+        microbatch.join([({1}, torch.ones(1)), ({1}, torch.ones(1))])
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,12 @@ def test_dataclasses_and_named_tuples_between_stages(processes: bool, schedule: 
     check(_records, F.mse_loss, *_batch(10), processes=processes, seed=seed, schedule=schedule, split=split)
 
 
+@PLACES
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_records_with_recomputation(processes: bool, recompute: str, seed: int) -> None:
+    check(_records, F.mse_loss, *_batch(10), processes=processes, seed=seed, schedule="zb-h2", recompute=recompute)
+
+
 class Repeat(nn.Module):
     """Its input itself, three times."""
 
