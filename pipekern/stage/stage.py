@@ -198,7 +198,9 @@ def detached(value: Any) -> Any:
     """The same tensors as leaves of a new graph, each requiring a gradient if it did: what a stage on the same rank
     gets.
     """
-    return map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    return map_tensors(detached, value)
 
 
 def _gradient_leaves(value: Any, other: Callable[[Any], object] | None = None) -> list[torch.Tensor]:

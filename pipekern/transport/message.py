@@ -83,7 +83,7 @@ def pack(value: Any, convert: Callable[[Tensor, str], Tensor] | None = None) -> 
 
 def specs(descriptor: bytes) -> list[TensorSpec]:
     """The tensors that belong to ``descriptor``, in order; raises ``TransportError`` if it is damaged."""
-    return [TensorSpec(DTYPES[code], tuple(shape), grad) for code, shape, grad in _load(descriptor)["tensors"]]
+    return _specs(_load(descriptor))
 
 
 def unpack(descriptor: bytes, tensors: Sequence[Tensor]) -> Any:
@@ -91,18 +91,25 @@ def unpack(descriptor: bytes, tensors: Sequence[Tensor]) -> Any:
 
     Raises ``TransportError`` if the tensors are not those that the descriptor names.
     """
-    wanted = [spec[:2] for spec in specs(descriptor)]
+    tree = _load(descriptor)
+    wanted = [spec[:2] for spec in _specs(tree)]
     given = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
     if wanted != given:
         raise TransportError(f"a message announces the tensors {wanted} and brings {given}")
-    arrived = iter(tensors)
-    return assemble(descriptor, lambda _: next(arrived))
+    return _assemble(tree, tensors)
 
 
 def assemble(descriptor: bytes, tensor_of: Callable[[TensorSpec], Tensor]) -> Any:
     """The value again, over what ``tensor_of`` returns for each of its tensors, in order; see :func:`unpack`."""
     tree = _load(descriptor)
-    tensors = [tensor_of(TensorSpec(DTYPES[code], tuple(shape), grad)) for code, shape, grad in tree["tensors"]]
+    return _assemble(tree, [tensor_of(spec) for spec in _specs(tree)])
+
+
+def _specs(tree: Any) -> list[TensorSpec]:
+    return [TensorSpec(DTYPES[code], tuple(shape), grad) for code, shape, grad in tree["tensors"]]
+
+
+def _assemble(tree: Any, tensors: Sequence[Tensor]) -> Any:
     for tensor, (_, _, grad) in zip(tensors, tree["tensors"], strict=True):
         if grad:
             tensor.requires_grad_()
