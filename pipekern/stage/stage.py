@@ -85,6 +85,8 @@ class Stage:
         try:
             with self._deferring:
                 value = self._run(value, self._keys[microbatch], step_key)
+                if loss is not None:  # it may go backward on its own through layers that put work off
+                    value = loss(value)
         except RuntimeError as error:
             if "a leaf Variable that requires grad" not in str(error):
                 raise
@@ -94,8 +96,6 @@ class Stage:
                 "to a copy, or give the module that writes an attribute `inplace = True`, and the stage copies its "
                 "input"
             ) from error
-        if loss is not None:
-            value = loss(value)
         self._stash[microbatch] = Stash(leaves, _gradient_leaves(value))
         return value
 
@@ -135,9 +135,10 @@ class Stage:
                 torch.autograd.backward(outputs[0], gradients)
             else:
                 _backward_many(outputs, gradients)
-        self._work[microbatch] = self._deferral.take() if self._deferral is not None else []
+        work = self._work[microbatch] = self._deferral.take() if self._deferral is not None else []
         if self._fresh:
-            self._fresh = _own_gradients(self._fresh, [*pytree.tree_leaves(gradients), *(leaf.grad for leaf in leaves)])
+            used = [*pytree.tree_leaves(gradients), *(leaf.grad for leaf in leaves), *(t for w in work for t in w.kept)]
+            self._fresh = _own_gradients(self._fresh, used)
         if len(leaves) == 1:
             return _take_grad(leaves[0])
         return [_take_grad(leaf) for leaf in leaves] or None
@@ -150,14 +151,14 @@ class Stage:
             self._deferral.take()
 
 
-def _own_gradients(fresh: Sequence[nn.Parameter], travelling: Sequence[torch.Tensor | None]) -> list[nn.Parameter]:
+def _own_gradients(fresh: Sequence[nn.Parameter], used: Sequence[torch.Tensor | None]) -> list[nn.Parameter]:
     """Give each parameter that has just got its first gradient memory of its own; returns those still without one.
 
     Autograd may keep a view of the gradient that came in as a parameter's ``.grad`` (a bias behind a reshape). That
-    memory is a slot, or on its way to another stage, or another parameter's gradient: later sums into it would corrupt
-    what is there, without an error.
+    memory is a slot, or on its way to another stage, or another parameter's gradient, or what weight work waits for:
+    later sums into it would corrupt what is there, without an error.
     """
-    memory = {t.untyped_storage().data_ptr() for t in travelling if t is not None}
+    memory = {t.untyped_storage().data_ptr() for t in used if t is not None}
     for parameter in fresh:
         grad = parameter.grad
         if grad is None or grad.layout != torch.strided:

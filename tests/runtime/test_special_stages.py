@@ -224,3 +224,27 @@ def test_compiled_layer(backend: str, seed: int) -> None:
 
 def _compilable() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+class Placed(nn.Module):
+    """A product with a position's vector added, whose gradient is the product's, seen without the batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.position = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x) + self.position.unsqueeze(0)
+        return y.tanh()
+
+
+def _placed() -> nn.Sequential:
+    return nn.Sequential(*(Placed() for _ in range(4)))
+
+
+@PLACES
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2"])
+def test_gradients_that_share_memory_with_weight_work_to_come(processes: bool, schedule: str, seed: int) -> None:
+    """Autograd keeps a view of it as the parameter's ``.grad`` where a micro-batch has one sample, and adds to it."""
+    x, y = torch.randn(4, 3, 4, dtype=torch.float64), torch.randn(4, 3, 4, dtype=torch.float64)
+    check(_placed, F.mse_loss, x, y, processes=processes, seed=seed, schedule=schedule)
