@@ -80,7 +80,7 @@ class Stage:
         The last stage gives ``loss``, which takes the model's output to the scalar that the backward starts from.
         """
         leaves = [t for t in _gradient_leaves(value) if t.is_leaf]  # a batch may have a graph of its own before it
-        if leaves and self._copies_input:
+        if self._copies_input:  # a batch too: micro-batches are views of it, and autograd takes all for written
             value = pytree.tree_map_only(torch.Tensor, torch.clone, value)
         try:
             with self._deferring:

@@ -104,6 +104,17 @@ def test_in_place_relu_as_first_layer_of_a_stage(processes: bool, schedule: str,
     check(_in_place, F.mse_loss, *_batch(), processes=processes, seed=seed, schedule=schedule, split=split)
 
 
+def _batch_in_place() -> nn.Sequential:
+    return nn.Sequential(nn.ReLU(inplace=True), *(nn.Linear(4, 4) for _ in range(4)))
+
+
+@PLACES
+@SCHEDULES
+def test_in_place_relu_on_the_batch(processes: bool, schedule: str, seed: int) -> None:
+    """Micro-batches are views of one tensor: each takes a copy."""
+    check(_batch_in_place, F.mse_loss, *_batch(), processes=processes, seed=seed, schedule=schedule)
+
+
 class AddPosition(nn.Module):
     """Of one sample, autograd gives the parameter a view of the gradient that came in."""
 
