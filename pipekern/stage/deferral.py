@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipekern.stage.waiting import FUNCTIONS, LAYERS, Put, Work
+from pipekern.stage.waiting import FUNCTIONS, LAYERS
+from pipekern.stage.work import Put, Work
 
 
 class Deferral:

@@ -14,7 +14,7 @@ from pipekern.errors import ConfigError
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.random import generator
 from pipekern.stage.unit import Unit
-from pipekern.stage.waiting import Work
+from pipekern.stage.work import Work
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")
 
