@@ -97,9 +97,7 @@ class Training:
         """Texts as long as the model sees at once, drawn from words that were held out; (texts, tokens)."""
         length = self.options.length
         given = prompts(self.text, length)
-        drawn = self.pipe.generate(given, length - given.shape[1], temperature=TEMPERATURE, seed=self.options.seed)
-        assert isinstance(drawn, torch.Tensor)
-        return drawn
+        return self.pipe.generate(given, length - given.shape[1], temperature=TEMPERATURE, seed=self.options.seed)
 
     def heldout_loss(self) -> float:
         """Mean loss over the held-out text, in nats a token."""

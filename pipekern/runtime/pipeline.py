@@ -149,7 +149,7 @@ class Pipeline:
         top_p: float | None = None,
         seed: int = 0,
         eos_token_id: int | None = None,
-    ) -> torch.Tensor | list[torch.Tensor]:
+    ) -> Ids:
         """The prompts ``ids`` with at most ``max_new_tokens`` more, on every rank; collective, the same call on all.
 
         ``ids``: int64 (prompts, length), or a list of 1-d tensors of any lengths, and the result is alike, on the CPU.

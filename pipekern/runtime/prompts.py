@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from pipekern.errors import ConfigError
 from pipekern.runtime.sampling import Sampling, is_whole
 
-Ids = torch.Tensor | Sequence[torch.Tensor]
+Ids = TypeVar("Ids", torch.Tensor, list[torch.Tensor])
 
 
-def read(ids: Ids) -> list[torch.Tensor]:
+def read(ids: object) -> list[torch.Tensor]:
     """Each prompt, int64, 1-d, on the CPU. Raises ``ConfigError`` for what is no list of prompts, or an empty one."""
     if isinstance(ids, torch.Tensor) and ids.ndim != 2:
         raise ConfigError(f"ids has shape {tuple(ids.shape)}; give (prompts, length), or a list of 1-d tensors")
-    if not isinstance(ids, torch.Tensor | list | tuple):
+    if not isinstance(ids, torch.Tensor | list):
         raise ConfigError(f"ids is a {type(ids).__name__}; give a tensor (prompts, length), or a list of 1-d tensors")
     if len(ids) == 0:
         raise ConfigError("ids has no prompts; give at least one")
@@ -49,7 +50,7 @@ def divide(lengths: Sequence[int], wanted: int) -> list[list[int]]:
     return groups
 
 
-def prepare(ids: Ids, new: object, sampling: Sampling, end: object, ranks: int) -> list[Group]:
+def prepare(ids: object, new: object, sampling: Sampling, end: object, ranks: int) -> list[Group]:
     """Everything checked, and the prompts in groups: at least ``ranks`` where there are so many prompts.
 
     ``new``: the most new tokens a prompt; ``end``: the token that ends one, or None. Raises ``ConfigError``.
@@ -102,7 +103,7 @@ class Group:
         return {p: row[:n].clone() for p, row, n in zip(self.prompts, self.tokens, self._lengths, strict=True)}
 
 
-def join(groups: Sequence[Group], like: Ids, end: int | None) -> torch.Tensor | list[torch.Tensor]:
+def join(groups: Sequence[Group], like: Ids, end: int | None) -> Ids:
     """All texts in the user's order: a list where ``like`` is one, else a tensor, filled up with ``end``."""
     by_prompt = {prompt: text for group in groups for prompt, text in group.texts().items()}
     texts = [by_prompt[prompt] for prompt in range(len(by_prompt))]
