@@ -85,21 +85,27 @@ class Cache:
 
 def takes_cache(module: nn.Module) -> bool:
     """Whether its forward has a parameter ``cache``."""
-    return NAME in inspect.signature(module.forward).parameters
+    return _place(module) is not None
+
+
+def _place(module: nn.Module) -> int | None:
+    names = list(inspect.signature(module.forward).parameters)
+    return names.index(NAME) if NAME in names else None
 
 
 class Caches:
     """The caches of those ``modules`` that take one: one for each call in a forward, by stage and group."""
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self._takers = [module for module in dict.fromkeys(modules) if takes_cache(module)]
+        places = {module: _place(module) for module in modules}
+        self._places = {module: place for module, place in places.items() if place is not None}
         self._kept: dict[tuple[int, int], dict[tuple[nn.Module, int], Cache]] = {}
         self._calls: Counter[nn.Module] = Counter()
 
     @contextmanager
     def given(self) -> Iterator[None]:
         """Modules get their caches as long as this lasts; then all is forgotten."""
-        hooks = [module.register_forward_pre_hook(self._give, with_kwargs=True) for module in self._takers]
+        hooks = [module.register_forward_pre_hook(self._give, with_kwargs=True) for module in self._places]
         try:
             yield
         finally:
@@ -119,7 +125,7 @@ class Caches:
         self._kept.pop((stage, group), None)
 
     def _give(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        place = list(inspect.signature(module.forward).parameters).index(NAME)
+        place = self._places[module]
         if (args[place] if place < len(args) else kwargs.get(NAME)) is not None:
             return None  # its caller hands on its own
         key = module, self._calls[module]
