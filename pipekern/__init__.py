@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from pipekern.runtime.pipeline import Pipeline
     from pipekern.runtime.profile import LayerCosts, profile
     from pipekern.runtime.verify import verify
+    from pipekern.stage.cache import Cache
     from pipekern.stage.spec import LayerSpec
 
 __all__ = [
     "Aborted",
+    "Cache",
     "CheckpointError",
     "ConfigError",
     "LayerCosts",
@@ -56,6 +58,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     homes = {
+        "Cache": "pipekern.stage.cache",
         "LayerCosts": "pipekern.runtime.profile",
         "LayerSpec": "pipekern.stage.spec",
         "Pipeline": "pipekern.runtime.pipeline",

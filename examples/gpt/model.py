@@ -1,12 +1,19 @@
-"""A small GPT: embedding, layers of attention and feed-forward, norm, head. Plain PyTorch, no pipekern in it."""
+"""A small GPT: embedding, layers of attention and feed-forward, norm, head. Plain PyTorch.
+
+All that it knows of pipekern is the cache that a layer is given while text is generated.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if TYPE_CHECKING:
+    import pipekern as pk
 
 
 @dataclass(frozen=True)
@@ -43,23 +50,27 @@ class Layer(nn.Module):
         self.register_buffer("cosine", angles.cos(), persistent=False)
         self.register_buffer("sine", angles.sin(), persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: pk.Cache | None = None) -> torch.Tensor:
         """(samples, tokens, width) to the same."""
-        x = x + self.attend(self.attention_norm(x))
+        x = x + self.attend(self.attention_norm(x), cache)
         return x + self.down(F.relu(self.up(self.feed_norm(x))).square())
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """What every token takes from those before it."""
+    def attend(self, x: torch.Tensor, cache: pk.Cache | None) -> torch.Tensor:
+        """What every token takes from those before it; with a cache ``x`` is a whole prompt, then one token a call."""
         samples, tokens, width = x.shape
         split = self.qkv(x).view(samples, tokens, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(self.rotate(query), self.rotate(key), value, is_causal=True)
+        start = 0 if cache is None else cache.length
+        query, key = self.rotate(query, start), self.rotate(key, start)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=start == 0)
         return self.mix(mixed.transpose(1, 2).reshape(samples, tokens, width))
 
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Turn pairs of entries by an angle that grows with the position (RoPE, arXiv 2104.09864)."""
-        tokens = x.shape[-2]
-        cosine, sine = self.cosine[:tokens], self.sine[:tokens]
+    def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """Turn pairs of entries by an angle that grows with the position (RoPE, arXiv 2104.09864), from ``start``."""
+        end = start + x.shape[-2]
+        cosine, sine = self.cosine[start:end], self.sine[start:end]
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cosine - b * sine, a * sine + b * cosine), dim=-1)
 
@@ -86,14 +97,3 @@ class GPT(nn.Module):
 def loss_fn(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats a token."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-@torch.no_grad()
-def generate(net: nn.Module, prompt: list[int], tokens: int, length: int, temperature: float = 0.6) -> list[int]:
-    """``prompt`` and ``tokens`` more, drawn one at a time; ``length`` is the most tokens that ``net`` sees."""
-    generator = torch.Generator().manual_seed(0)
-    text = list(prompt)
-    for _ in range(tokens):
-        logits = net(torch.tensor([text[-length:]]))[0, -1]
-        text.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
-    return text

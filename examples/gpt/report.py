@@ -14,14 +14,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from examples.gpt.measure import Speed
-from examples.gpt.model import GPT, generate
 from examples.gpt.text import Text
 from pipekern.runtime.verify import Verification
 from pipekern.schedule import Schedule
 from pipekern.trace.chrome import to_chrome
 from pipekern.trace.gantt import draw
 
-PROMPT, SAMPLE = 24, 120  # tokens
+PROMPTS, PROMPT = 2, 24  # how many, and their tokens
 INDEX = "model.safetensors.index.json"
 
 
@@ -59,9 +58,18 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in sorted(set(names.values())) for name, t in load_file(folder / file).items()}
 
 
+def prompts(text: Text, length: int) -> torch.Tensor:
+    """Evenly spaced beginnings of texts of ``length`` tokens: (prompts, tokens), held out."""
+    return text.heldout_batch(PROMPTS, min(PROMPT, length // 2))[0]
+
+
 @dataclass(frozen=True)
 class Report:
-    """What rank 0 knows at the end. ``tokens`` are those of one step."""
+    """What rank 0 knows at the end.
+
+    ``sample``: texts drawn, from :func:`prompts` on, (texts, tokens). ``weights`` is the number of all parameters, and
+    ``tokens`` that of one step.
+    """
 
     folder: Path
     text: Text
@@ -70,6 +78,8 @@ class Report:
     heldout: float
     verified: Verification
     speed: Speed
+    sample: torch.Tensor
+    weights: int
     tokens: int
     seconds: float
 
@@ -104,22 +114,21 @@ class Report:
         draw(self.speed.timeline, self.folder / "timeline.png", title)
         plot_losses(self.losses, self.heldout, self.folder / "loss.png")
 
-    def show(self, net: GPT, length: int) -> None:
-        """Print the result, and text drawn from ``net`` with the weights that were saved."""
-        net.load_state_dict(load_weights(self.folder))
-        prompt = self.text.heldout[:PROMPT].tolist()
-        drawn = generate(net, prompt, SAMPLE, length)[PROMPT:]
-        sample = self.text.tokenizer.decode(prompt) + " ▸ " + self.text.tokenizer.decode(drawn)
-        title = "The first words of the text held out, and after ▸ how the model goes on:"
-        print("\n".join([*self._lines(net), "", title, "", _indented(sample), "", *self._files()]))
+    def show(self) -> None:
+        """Print the result, and the texts."""
+        given = prompts(self.text, self.sample.shape[1]).shape[1]
+        decode = self.text.tokenizer.decode
+        texts = [decode(row[:given]) + " ▸ " + decode(row[given:]) for row in self.sample.tolist()]
+        title = "Words of the text held out, and after ▸ how the model goes on:"
+        shown = [line for text in texts for line in (_indented(text), "")]
+        print("\n".join([*self._lines(), "", title, "", *shown, *self._files()]))
 
-    def _lines(self, net: GPT) -> list[str]:
+    def _lines(self) -> list[str]:
         speed, order = self.speed, self.schedule
         exactness = "bit for bit" if self.verified.max_error == 0 else str(self.verified)
-        weights = sum(p.numel() for p in net.parameters())
         return [
             "",
-            f"A GPT of {weights / 1e6:.1f} million weights, {len(self.losses)} steps of {self.tokens:,} tokens "
+            f"A GPT of {self.weights / 1e6:.1f} million weights, {len(self.losses)} steps of {self.tokens:,} tokens "
             f"over {order.ranks} ranks ({order.name}, {order.microbatches} micro-batches) in {self.seconds:.0f} s",
             "",
             f"  loss       {self.losses[0]:.2f} at the start, {self.heldout:.2f} nats a token on text held out "

@@ -20,12 +20,13 @@ from tqdm import tqdm
 import pipekern as pk
 from examples.gpt.measure import measure
 from examples.gpt.model import GPT, Size, loss_fn
-from examples.gpt.report import Report, open_run, save_weights
+from examples.gpt.report import Report, open_run, prompts, save_weights
 from examples.gpt.text import Text, load
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 REVIEW = 20  # steps between looks at the time that is left
 CLIP = 1.0
+TEMPERATURE = 0.6
 
 
 @dataclass
@@ -91,6 +92,12 @@ class Training:
                     )
                 bar.update()
         self.seconds = time.perf_counter() - start
+
+    def sample(self) -> torch.Tensor:
+        """Texts as long as the model sees at once, drawn from words that were held out; (texts, tokens)."""
+        length = self.options.length
+        given = prompts(self.text, length)
+        return self.pipe.generate(given, length - given.shape[1], temperature=TEMPERATURE, seed=self.options.seed)
 
     def heldout_loss(self) -> float:
         """Mean loss over the held-out text, in nats a token."""
@@ -160,16 +167,28 @@ def main() -> None:
     with pk.Pipeline(net, loss_fn=loss_fn, microbatches=chosen.microbatches, schedule=schedule) as pipe:
         training = Training(pipe, text, chosen)
         training.run()
-        heldout = training.heldout_loss()
+        heldout, sample = training.heldout_loss(), training.sample()
         folder = open_run(chosen.runs)
         save_weights(folder, pipe.state_dict())
         verified = pk.verify(pipe, *training.batch())
         speed = measure(pipe, schedule, training.step, Unsplit(unsplit, training).step, chosen.rounds)
     if dist.get_rank() == 0:
-        tokens = chosen.samples * chosen.length
-        report = Report(folder, text, schedule, training.losses, heldout, verified, speed, tokens, training.seconds)
+        weights, tokens = sum(p.numel() for p in unsplit.parameters()), chosen.samples * chosen.length
+        report = Report(
+            folder,
+            text,
+            schedule,
+            training.losses,
+            heldout,
+            verified,
+            speed,
+            sample,
+            weights,
+            tokens,
+            training.seconds,
+        )
         report.write()
-        report.show(unsplit, chosen.length)
+        report.show()
     dist.destroy_process_group()
 
 

@@ -34,7 +34,10 @@ def cheapest_of(lattice: Lattice) -> Cheapest:
     It returns the cut of the smallest total among those with stages of at most ``limit`` and a total below ``budget``;
     None where there is none.
     """
-    largest = max(lattice.endless, *lattice.caps, *(row[-1] for row in lattice.held), 0)
+    endless = lattice.endless
+    devices = sum(count for _, count in lattice.left[0][0])
+    most = endless * (devices + 4)  # all that devices can do under a limit, and what is added to it
+    largest = max(most, *lattice.caps, *(row[-1] for row in lattice.held), 0)
     try:
         from pipekern import _C
     except ImportError:
@@ -54,7 +57,9 @@ def cheapest_of(lattice: Lattice) -> Cheapest:
 
     def cheapest(limit: int, budget: int) -> Cut | None:
         windows = lattice.windows(limit)
-        found = table.cheapest(windows, _packed([limit]), _packed([budget])) if windows else None
+        if not windows:
+            return None
+        found = table.cheapest(windows, _packed([min(limit, endless)]), _packed([min(budget, endless)]))
         return _cut(lattice, found[0], found[1], int.from_bytes(found[2], "little", signed=True)) if found else None
 
     return cheapest

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipekern.errors import TransportError
 from pipekern.runtime.blueprint import Blueprint
 from pipekern.runtime.collective import Star, star_links
 from pipekern.runtime.deltas import Ties, tie_links
 from pipekern.runtime.executor import Executor
+from pipekern.runtime.generate import Generator
 from pipekern.runtime.loss import Loss, Verdict
-from pipekern.runtime.outgoing import Outgoing
+from pipekern.runtime.outgoing import LOSS_TAG, Outgoing
 from pipekern.runtime.runner import Batch, Ends, Held, Runner
 from pipekern.stage.random import unit_keys
 from pipekern.stage.stage import Stage
@@ -67,6 +69,8 @@ class Assembly:
                 runner.next, self._runners[after].previous = self._runners[after], runner
         self.train = Executor(self._runners, blueprint.train, rank, _TRAIN, self.outgoing, self._publish)
         self.evaluate = Executor(self._runners, blueprint.evaluate, rank, _EVALUATE, self.outgoing, self._publish)
+        layers = [m for units in blueprint.stages for unit in units for m in unit.evaluate.modules()]
+        self.generator = Generator(self._runners, schedule, rank, self.star, self.outgoing, layers)
         self._verdict: Verdict | None = None
 
     def _runner(self, stage: Stage) -> Runner:
@@ -84,12 +88,12 @@ class Assembly:
 
     def _publish(self, batch: Batch) -> None:
         self._verdict = self.loss.result()
-        self.star.publish(batch.tag, self._verdict.encode())
+        self.star.publish(LOSS_TAG | batch.tag, self._verdict.encode())
 
     def verdict(self, batch: Batch) -> Verdict:
         """The loss of the step that has just run: computed here, or received from the last stage."""
         verdict, self._verdict = self._verdict, None
-        return Verdict.decode(self.star.receive(batch.tag)) if verdict is None else verdict
+        return Verdict.decode(self.star.receive(LOSS_TAG | batch.tag)) if verdict is None else verdict
 
     @property
     def devices(self) -> list[torch.device]:
@@ -131,13 +135,19 @@ class Assembly:
         chunks = self.blueprint.schedule.chunks
         return [held.peak / chunks for _, held in sorted(self._held.items())]
 
-    def held(self) -> list[str]:
-        """Received messages that something still holds: the link and the tensor's shape."""
-        return [f"{link} {list(shape)}" for link, end in self.receivers.items() for shape in end.held()]
+    def refuse_held(self) -> None:
+        """Raise ``TransportError`` where something still holds a received tensor: the link and the tensor's shape."""
+        held = [f"{link} {list(shape)}" for link, end in self.receivers.items() for shape in end.held()]
+        if held:
+            raise TransportError(
+                f"something holds received tensors past their last use: {', '.join(held)}; a stage that keeps its "
+                "input or output must keep a copy (.detach().clone())"
+            )
 
     def clear(self) -> None:
         """Forget what an exception left half done, in one process."""
         self.outgoing.clear()
+        self.generator.clear()
         self._verdict = None
         for runner in self._runners.values():
             runner.clear()

@@ -1,4 +1,4 @@
-"""Small values that every rank must know: the loss, one partial norm a parameter, a timeline.
+"""Small values that every rank must know: the loss, new tokens of a text, one partial norm a parameter, a timeline.
 
 They travel over a star of links around the rank of the last stage, on the job's own transport, so that the same abort,
 death and deadline hold for them.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipekern.runtime.outgoing import EXCHANGE_TAG, LOSS_TAG, Outgoing
+from pipekern.runtime.outgoing import EXCHANGE_TAG, Outgoing
 from pipekern.transport.base import Link, Receiver, Sender
 from pipekern.transport.value import map_tensors
 
@@ -49,11 +49,11 @@ class Star:
         if not self.alone:
             for rank in range(self.ranks):
                 if rank != self.root:
-                    self._outgoing.send(self._senders[f"down {rank}"], LOSS_TAG | tag, values)
+                    self._outgoing.send(self._senders[f"down {rank}"], tag, values)
 
     def receive(self, tag: int) -> torch.Tensor:
         """On the others: what the root published."""
-        message = self._outgoing.receive(self._receivers[f"down {self.rank}"], LOSS_TAG | tag)
+        message = self._outgoing.receive(self._receivers[f"down {self.rank}"], tag)
         return message.value.clone()
 
     def gather(self, value: Any) -> list[Any]:

@@ -18,8 +18,10 @@ from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor, place
 from pipekern.runtime.measure import measured
 from pipekern.runtime.options import Options, Split
-from pipekern.runtime.parameters import StageParameters
+from pipekern.runtime.parameters import StageParameters, load
+from pipekern.runtime.prompts import Ids, join, prepare
 from pipekern.runtime.runner import Batch
+from pipekern.runtime.sampling import Sampling
 from pipekern.runtime.start import start
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.random import preserved, step_key
@@ -119,7 +121,7 @@ class Pipeline:
             if verdict.divisor is not None:
                 deltas.divide(verdict.divisor)
             deltas.merge()
-            self._refuse_held()
+            parts.refuse_held()
             self._loss_is_pair = verdict.divisor is not None
             self._step += 1
         assert verdict.loss is not None
@@ -140,10 +142,41 @@ class Pipeline:
             batch = self._batch(x, y, training=False)
             self._run(parts.evaluate, batch)
             loss = parts.verdict(batch).loss
-            self._refuse_held()
+            parts.refuse_held()
         if loss is not None or not batch.outputs:
             return loss
         return microbatch.join(batch.outputs)
+
+    def generate(
+        self,
+        ids: Ids,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        eos_token_id: int | None = None,
+    ) -> Ids:
+        """The prompts ``ids`` with at most ``max_new_tokens`` more, on every rank; collective, the same call on all.
+
+        ``ids``: int64 (prompts, length), or a list of 1-d tensors of any lengths, and the result is alike, on the CPU.
+        A prompt ends after ``eos_token_id``, with which a tensor's shorter rows are filled up. ``temperature`` 0 takes
+        the most likely token, as the unsplit model does; above it draws one, of the ``top_k`` most likely and of those
+        that sum to ``top_p``, by ``seed``, prompt and token alone, whatever the ranks are (up to rounding of logits).
+
+        The model takes tokens (prompts, length) to logits (prompts, length, vocabulary), in evaluation mode. Each new
+        token is computed alone where a layer's forward has a parameter ``cache`` (``pk.Cache`` says how): then every
+        module that looks at other positions, or at its own, must take one. Without, all tokens run again each time.
+        Nothing that training owns changes. Raises ``ConfigError``; ``NumericsError`` for logits that are not finite.
+        """
+        parts = self._parts
+        with self._running(parts.generator.where), torch.no_grad(), parts.evaluating(), preserved(parts.devices):
+            sampling = Sampling(temperature, top_k, top_p, seed)
+            groups = prepare(ids, max_new_tokens, sampling, eos_token_id, parts.blueprint.schedule.ranks)
+            parts.generator.run(groups, sampling, self._step)
+            parts.refuse_held()
+        return join(groups, ids, eos_token_id)
 
     def _batch(self, x: Any, y: Any, training: bool) -> Batch:
         self._executor.times.clear()
@@ -172,15 +205,6 @@ class Pipeline:
         self._executor = executor
         executor.run(batch)
 
-    def _refuse_held(self) -> None:
-        held = self._parts.held()
-        if held:
-            raise TransportError(
-                f"something holds received tensors past their last use: {', '.join(held)}; a stage that keeps its "
-                "input or "
-                "output must keep a copy (.detach().clone())"
-            )
-
     def _nonfinite(self, what: str) -> None:
         if self._on_nonfinite == "raise":
             raise NumericsError(f"{what}; look at that data, lower the learning rate, or set on_nonfinite='skip'")
@@ -189,17 +213,16 @@ class Pipeline:
                 parameter.grad = None
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self, where: Callable[[], str] | None = None) -> Iterator[None]:
         if self._closed:
             raise TransportError(f"this pipeline is closed: {self._closed}; make a new one")
         try:
             yield
         except BaseException as error:
-            self._fail(error)
+            self._fail(error, (where or self._executor.where)())
             raise
 
-    def _fail(self, error: BaseException) -> None:
-        where = self._executor.where()
+    def _fail(self, error: BaseException, where: str) -> None:
         self._parts.clear()
         if isinstance(error, TransportError) and error.rank >= 0:
             error.args = (f"{error}\n  seen by {where}",)
@@ -243,16 +266,7 @@ class Pipeline:
         """Copy this process's entries out of ``state``, which may be the whole model's. Raises ``ConfigError`` for
         missing ones.
         """
-        own = self.state_dict()
-        missing = sorted(own.keys() - state.keys())
-        wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-        if missing or wrong:
-            raise ConfigError(
-                f"load_state_dict: missing {missing}, of another shape {sorted(wrong)}; give the whole model's state"
-            )
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(state[name])
+        load(self.state_dict(), state)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages is at most ``max_norm``; collective.

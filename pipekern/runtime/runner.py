@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from pipekern.errors import MessageMismatch
 from pipekern.runtime.loss import Loss
 from pipekern.runtime.microbatch import to_device
-from pipekern.runtime.outgoing import BACKWARD_TAG, EVALUATE_TAG, FORWARD_TAG, Outgoing
+from pipekern.runtime.outgoing import BACKWARD_TAG, EVALUATE_TAG, FORWARD_TAG, GENERATE_TAG, Outgoing
 from pipekern.stage.stage import Stage, detached
 from pipekern.transport.base import Receiver, Sender
 from pipekern.transport.value import map_tensors
@@ -20,7 +21,7 @@ from pipekern.transport.value import map_tensors
 class Batch:
     """One step's micro-batches on this process: inputs and targets where they are known, else None."""
 
-    inputs: list[Any] | None
+    inputs: Sequence[Any] | Mapping[int, Any] | None
     targets: list[Any] | None
     sizes: list[int]
     digest: int = 0
@@ -32,6 +33,10 @@ class Batch:
     def tag(self) -> int:
         """The step's part of every tag, so that ranks that run different steps notice."""
         return (self.step & 0xFFFFFF) << 32
+
+    def keep(self, output: Any) -> None:
+        """Take what the last stage made where there are no targets; its memory may be a slot."""
+        self.outputs.append(map_tensors(torch.clone, output))
 
 
 @dataclass
@@ -103,6 +108,10 @@ class Runner:
         """RECV_F of an evaluation."""
         self._receive_input(microbatch, EVALUATE_TAG)
 
+    def receive_generate(self, microbatch: int) -> None:
+        """RECV_F of a text that is generated."""
+        self._receive_input(microbatch, GENERATE_TAG)
+
     def _receive_input(self, microbatch: int, kind: int) -> None:
         batch, receiver = self.batch, self._ends.forward_in
         assert receiver is not None
@@ -146,7 +155,7 @@ class Runner:
         elif self.batch.targets is not None:
             self._loss.forward(microbatch, output, to_device(self.batch.targets[microbatch], self.stage.device))
         else:
-            self.batch.outputs.append(map_tensors(torch.clone, output))
+            self.batch.keep(output)
 
     def _take_input(self, microbatch: int) -> Any:
         if microbatch in self._inputs:
@@ -169,6 +178,10 @@ class Runner:
     def send_evaluate(self, microbatch: int) -> None:
         """SEND_F of an evaluation."""
         self._send_output(microbatch, EVALUATE_TAG)
+
+    def send_generate(self, microbatch: int) -> None:
+        """SEND_F of a text that is generated."""
+        self._send_output(microbatch, GENERATE_TAG)
 
     def _send_output(self, microbatch: int, kind: int) -> None:
         assert self._ends.forward_out is not None

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipekern.stage.waiting import FUNCTIONS, LAYERS, Put, Work
+from pipekern.stage.waiting import FUNCTIONS, LAYERS
+from pipekern.stage.work import Put, Work
 
 
 class Deferral:
@@ -26,18 +27,20 @@ class Deferral:
 
     def __init__(self, modules: Iterable[nn.Module]):
         self._work: list[Work] = []
-        self._forwards = [(m.__dict__, _forward_of(m, self._work_added)) for m in deferrable(modules)]
+        self._forwards = [(m, type(m), _forward_of(m, self._work_added)) for m in deferrable(modules)]
 
     def _work_added(self, work: Work) -> None:
         self._work.append(work)
 
     def __enter__(self) -> None:
-        for attributes, forward in self._forwards:
-            attributes["forward"] = forward
+        for module, kind, forward in self._forwards:
+            if type(module) is kind:  # else it has another forward by now
+                module.__dict__.setdefault("forward", forward)
 
     def __exit__(self, *exception: object) -> None:
-        for attributes, _ in self._forwards:
-            attributes.pop("forward", None)
+        for module, _, forward in self._forwards:
+            if module.__dict__.get("forward") is forward:
+                del module.__dict__["forward"]
 
     def take(self) -> list[Work]:
         """The weight work of the backwards since the last call; each piece adds to ``.grad`` when it is called."""
@@ -77,10 +80,16 @@ class _Calls(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, put: Put):
         super().__init__()
-        self._module, self._put = module, put
+        self._weight, self._put = module._parameters.get("weight"), put
+        self._hooks = _saved_tensor_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         of_module = FUNCTIONS.get(func)
-        if of_module is not None and len(args) > 1 and args[1] is self._module.weight:
+        if of_module is not None and len(args) > 1 and args[1] is self._weight and self._hooks == _saved_tensor_hooks():
             return of_module(self._put, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _saved_tensor_hooks() -> Any:
+    """Those in force. A region that the forward itself checkpoints has others, and runs again without this mode."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)

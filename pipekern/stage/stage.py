@@ -14,7 +14,7 @@ from pipekern.stage.deferral import Deferral
 from pipekern.stage.random import generator
 from pipekern.stage.recompute import Recomputed
 from pipekern.stage.unit import Unit
-from pipekern.stage.waiting import Work
+from pipekern.stage.work import Work
 from pipekern.transport.message import refuse
 from pipekern.transport.value import distinct, map_tensors, tensors
 
@@ -87,11 +87,13 @@ class Stage:
         The last stage gives ``loss``, which takes the model's output to the scalar that the backward starts from.
         """
         leaves = [t for t in _gradient_leaves(value) if t.is_leaf]  # a batch may have a graph of its own before it
-        if leaves and self._copies_input:
+        if self._copies_input:  # a batch too: micro-batches are views of it, and autograd takes all for written
             value = map_tensors(torch.clone, value)
         try:
             with self._deferring:
                 value = self._run(value, self._keys[microbatch], step_key)
+                if loss is not None:  # it may go backward on its own through layers that put work off
+                    value = loss(value)
         except RuntimeError as error:
             if "a leaf Variable that requires grad" not in str(error):
                 raise
@@ -101,8 +103,6 @@ class Stage:
                 "to a copy, or give the module that writes an attribute `inplace = True`, and the stage copies its "
                 "input"
             ) from error
-        if loss is not None:
-            value = loss(value)
         # What could not travel is refused here, also where the next stage is on this rank: it may hide tensors.
         self._stash[microbatch] = Stash(leaves, _gradient_leaves(value, refuse))
         return value
@@ -141,10 +141,11 @@ class Stage:
                 torch.autograd.backward(outputs[0], gradients)
             else:
                 _backward_many(outputs, gradients)
-        self._work[microbatch] = self._deferral.take() if self._deferral is not None else []
+        work = self._work[microbatch] = self._deferral.take() if self._deferral is not None else []
         if self._fresh:
             given = gradients if isinstance(gradients, list) else [gradients]
-            self._fresh = _own_gradients(self._fresh, [*given, *(leaf.grad for leaf in leaves)])
+            kept = [tensor for one in work for tensor in one.kept]
+            self._fresh = _own_gradients(self._fresh, [*given, *(leaf.grad for leaf in leaves), *kept])
         if len(leaves) == 1:
             return _take_grad(leaves[0])
         return [_take_grad(leaf) for leaf in leaves] or None
@@ -176,14 +177,14 @@ def _runner(recompute: str, seed: Callable[[int], object]) -> Callable[[Callable
     return seeded if recompute == "none" else recomputed
 
 
-def _own_gradients(fresh: Sequence[nn.Parameter], travelling: Sequence[torch.Tensor | None]) -> list[nn.Parameter]:
+def _own_gradients(fresh: Sequence[nn.Parameter], used: Sequence[torch.Tensor | None]) -> list[nn.Parameter]:
     """Give each parameter that has just got its first gradient memory of its own; returns those still without one.
 
     Autograd may keep a view of the gradient that came in as a parameter's ``.grad`` (a bias behind a reshape). That
-    memory is a slot, or on its way to another stage, or another parameter's gradient: later sums into it would corrupt
-    what is there, without an error.
+    memory is a slot, or on its way to another stage, or another parameter's gradient, or what weight work waits for:
+    later sums into it would corrupt what is there, without an error.
     """
-    memory = {t.untyped_storage().data_ptr() for t in travelling if t is not None}
+    memory = {t.untyped_storage().data_ptr() for t in used if t is not None}
     for parameter in fresh:
         grad = parameter.grad
         if grad is None or grad.layout != torch.strided:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-Work = Callable[[], None]
-Put = Callable[[Work], None]
+from pipekern.stage.work import Put, Work
+
 Function = Callable[..., Tensor]
 
 
@@ -29,17 +30,44 @@ def _may_wait(weight: Any, bias: Tensor | None, value: Tensor) -> bool:
         and (bias is None or _is_free(bias))
         and type(value) is Tensor
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 
 def _is_free(weight: Any) -> bool:
-    """A trainable parameter (no view, no parametrisation) that no hook watches."""
+    """A plain, real, trainable parameter (no view, no parametrisation) that no hook watches."""
     return (
-        isinstance(weight, nn.Parameter)
+        type(weight) is nn.Parameter
         and weight.requires_grad
+        and weight.is_floating_point()
         and not weight._backward_hooks
         and not weight._post_accumulate_grad_hooks
     )
+
+
+def _go_together(value: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product takes them: of one dtype, or of any that autocast makes one."""
+    dtype = weight.dtype
+    if value.dtype is dtype and (bias is None or bias.dtype is dtype):
+        return True
+    dtypes = value.dtype, dtype, dtype if bias is None else bias.dtype
+    return torch.is_autocast_enabled(value.device.type) and value.is_floating_point() and torch.float64 not in dtypes
+
+
+def _adds(ctx: Any) -> bool:
+    """Whether this backward adds to the ``.grad`` of parameters, as that of a step does; ``torch.autograd.grad`` does
+    not.
+    """
+    try:
+        return all(torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[1:])
+    except RuntimeError:  # a parameter that torch.autograd.grad was asked for
+        return False
+
+
+def _used(ctx: Any, used: Tensor) -> Tensor:
+    """The weight as the forward used it, with a graph where this backward is to be differentiated again."""
+    return ctx.parameters[0].to(used.dtype) if torch.is_grad_enabled() else used
 
 
 def _cast(value: Tensor) -> Tensor:
@@ -52,8 +80,10 @@ def _cast(value: Tensor) -> Tensor:
 def _add(parameter: Tensor, gradient: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = gradient.to(parameter.dtype)
-    else:
+    elif parameter.grad.layout is torch.strided:
         parameter.grad += gradient
+    else:
+        parameter.grad = gradient + parameter.grad
 
 
 # Linear
@@ -64,7 +94,7 @@ def _linear_module(module: nn.Linear, put: Put, input: Tensor) -> Tensor:
 
 
 def _linear(put: Put, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not _may_wait(weight, bias, input):
+    if not _may_wait(weight, bias, input) or not _go_together(input, weight, bias):
         return F.linear(input, weight, bias)
     return _Linear.apply(_cast(input), weight, bias, put)
 
@@ -75,19 +105,31 @@ class _Linear(torch.autograd.Function):
         used = weight.to(value.dtype)
         ctx.save_for_backward(value, used)
         ctx.parameters, ctx.put = (weight, bias), put
-        return F.linear(value, used, None if bias is None else bias.to(value.dtype))
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # as a view, it could not be written in place
+            return F.linear(value, used, None if bias is None else bias.to(value.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None, None, None
         value, used = ctx.saved_tensors
         weight, bias = ctx.parameters
-        ctx.put(functools.partial(_linear_weight, weight, bias, value, gradient))
-        return gradient.matmul(used) if ctx.needs_input_grad[0] else None, None, None, None
+        back = gradient.matmul(_used(ctx, used)) if ctx.needs_input_grad[0] else None
+        if not _adds(ctx):
+            rows = _matrix(gradient)
+            return back, rows.t().mm(_matrix(value)), None if bias is None else rows.sum(0), None
+        ctx.put(Work(functools.partial(_linear_weight, weight, bias), value, gradient))
+        return back, None, None, None
+
+
+def _matrix(value: Tensor) -> Tensor:
+    return value.reshape(value.shape[:-1].numel(), value.shape[-1])
 
 
 @torch.no_grad()
 def _linear_weight(weight: Tensor, bias: Tensor | None, value: Tensor, gradient: Tensor) -> None:
-    rows, columns = gradient.reshape(-1, gradient.shape[-1]), value.reshape(-1, value.shape[-1])
+    rows, columns = _matrix(gradient), _matrix(value)
     grad = weight.grad
     if grad is not None and grad.dtype is rows.dtype and grad.layout is torch.strided:
         grad.addmm_(rows.t(), columns)
@@ -119,7 +161,8 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    if not _may_wait(weight, bias, input) or isinstance(padding, str) or input.dim() != dims + 2:
+    waits = _may_wait(weight, bias, input) and _go_together(input, weight, bias)
+    if not waits or isinstance(padding, str) or input.dim() != dims + 2:
         return plain(input, weight, bias, stride, padding, dilation, groups)
     sizes = [[option] * dims if isinstance(option, int) else list(option) for option in (stride, padding, dilation)]
     return _Convolution.apply(_cast(input), weight, bias, put, plain, (*sizes, groups))
@@ -139,15 +182,21 @@ class _Convolution(torch.autograd.Function):
         used = weight.to(value.dtype)
         ctx.save_for_backward(value, used)
         ctx.parameters, ctx.put, ctx.options = (weight, bias), put, options
+        ctx.set_materialize_grads(False)
         return plain(value, used, None if bias is None else bias.to(value.dtype), *options)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None, None, None, None, None
         value, used = ctx.saved_tensors
         weight, bias = ctx.parameters
-        ctx.put(functools.partial(_convolution_weight, weight, bias, value, used, gradient, ctx.options))
-        wanted = _convolution_backward(gradient, value, used, ctx.options, (ctx.needs_input_grad[0], False, False))
-        return wanted[0], None, None, None, None, None
+        adds = _adds(ctx)
+        mask = ctx.needs_input_grad[0], not adds, not adds and bias is not None
+        wanted = _convolution_backward(gradient, value, _used(ctx, used), ctx.options, mask)
+        if adds:
+            ctx.put(Work(functools.partial(_convolution_weight, weight, bias, used, ctx.options), value, gradient))
+        return *wanted, None, None, None
 
 
 def _convolution_backward(
@@ -161,7 +210,7 @@ def _convolution_backward(
 
 @torch.no_grad()
 def _convolution_weight(
-    weight: Tensor, bias: Tensor | None, value: Tensor, used: Tensor, gradient: Tensor, options: Any
+    weight: Tensor, bias: Tensor | None, used: Tensor, options: Any, value: Tensor, gradient: Tensor
 ) -> None:
     _, own, of_bias = _convolution_backward(gradient, value, used, options, (False, True, bias is not None))
     assert own is not None
@@ -199,17 +248,22 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, indices: Tensor, weight: Tensor, put: Put, options: Any) -> Tensor:
         ctx.save_for_backward(indices)
         ctx.weight, ctx.put, ctx.options = weight, put, options
+        ctx.set_materialize_grads(False)
         return F.embedding(indices, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None, None, None
         (indices,) = ctx.saved_tensors
-        ctx.put(functools.partial(_embedding_weight, ctx.weight, indices, gradient, ctx.options))
+        if not _adds(ctx):
+            return None, torch.ops.aten.embedding_dense_backward(gradient, indices, *ctx.options), None, None
+        ctx.put(Work(functools.partial(_embedding_weight, ctx.weight, ctx.options), indices, gradient))
         return None, None, None, None
 
 
 @torch.no_grad()
-def _embedding_weight(weight: Tensor, indices: Tensor, gradient: Tensor, options: Any) -> None:
+def _embedding_weight(weight: Tensor, options: Any, indices: Tensor, gradient: Tensor) -> None:
     _add(weight, torch.ops.aten.embedding_dense_backward(gradient, indices, *options))
 
 

@@ -97,3 +97,20 @@ def test_compiled_and_python_find_the_same_cut() -> None:
         one = lattice(rng.randint(2, 12), rng.randint(20, 60), rng)
         limit = rng.randint(20, 400)
         assert compiled(one, limit, one.endless) == python(one, limit, one.endless)
+
+
+@pytest.mark.parametrize("bits", [118, 122, 124, 125, 126, 127])
+def test_integers_near_the_widest_that_are_compiled(bits: int) -> None:
+    """Limits and budgets may be larger than any cut's time, and devices together do more than one."""
+    rng = random.Random()
+    for _ in range(20):
+        counts = [rng.randint(2, 3), rng.randint(1, 3)]
+        small = replace(lattice(3, 6, rng), levels=free_order(3, counts), factors=[1, 3])
+        scale = 1 << (bits - small.endless.bit_length())
+        one = replace(small, done=[scale * work for work in small.done], cuts=[scale * cut for cut in small.cuts])
+        limit, budget = rng.randint(5, 80), rng.randint(20, 200)
+        for most, below in ((limit, budget), (small.endless, small.endless), (1000 * small.endless, 1000 * budget)):
+            cut = compiled(one, scale * most, scale * below)
+            assert cut == python(one, scale * most, scale * below)
+            known = python(small, most, below)
+            assert (cut and cut.total // scale) == (known and known.total)

@@ -104,6 +104,17 @@ def test_in_place_relu_as_first_layer_of_a_stage(processes: bool, schedule: str,
     check(_in_place, F.mse_loss, *_batch(), processes=processes, seed=seed, schedule=schedule, split=split)
 
 
+def _batch_in_place() -> nn.Sequential:
+    return nn.Sequential(nn.ReLU(inplace=True), *(nn.Linear(4, 4) for _ in range(4)))
+
+
+@PLACES
+@SCHEDULES
+def test_in_place_relu_on_the_batch(processes: bool, schedule: str, seed: int) -> None:
+    """Micro-batches are views of one tensor: each takes a copy."""
+    check(_batch_in_place, F.mse_loss, *_batch(), processes=processes, seed=seed, schedule=schedule)
+
+
 class AddPosition(nn.Module):
     """Of one sample, autograd gives the parameter a view of the gradient that came in."""
 
@@ -224,3 +235,27 @@ def test_compiled_layer(backend: str, seed: int) -> None:
 
 def _compilable() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+class Placed(nn.Module):
+    """A product with a position's vector added, whose gradient is the product's, seen without the batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.position = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x) + self.position.unsqueeze(0)
+        return y.tanh()
+
+
+def _placed() -> nn.Sequential:
+    return nn.Sequential(*(Placed() for _ in range(4)))
+
+
+@PLACES
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2"])
+def test_gradients_that_share_memory_with_weight_work_to_come(processes: bool, schedule: str, seed: int) -> None:
+    """Autograd keeps a view of it as the parameter's ``.grad`` where a micro-batch has one sample, and adds to it."""
+    x, y = torch.randn(4, 3, 4, dtype=torch.float64), torch.randn(4, 3, 4, dtype=torch.float64)
+    check(_placed, F.mse_loss, x, y, processes=processes, seed=seed, schedule=schedule)

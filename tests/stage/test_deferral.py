@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from pipekern.errors import ConfigError
 from pipekern.stage.deferral import Deferral
 
 
@@ -94,6 +96,85 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
+class OwnCheckpoint(nn.Linear):
+    """A subclass that checkpoints its own product."""
+
+    def forward(self, input: Tensor) -> Any:
+        return checkpoint(super().forward, input, use_reentrant=False)
+
+
+class Squared(nn.Linear):
+    """A subclass with two products, one of them with its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(F.linear(input, input.new_ones(4, 4)), self.weight, self.bias)
+
+
+class Inside(nn.Module):
+    """Two layers, and what ``inside`` makes of the module and its input."""
+
+    def __init__(self, inside: Callable[[Inside, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inside, self.a, self.b = inside, nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(x).tanh())
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(self, x)
+
+
+def force(module: Inside, x: Tensor, create_graph: bool = False) -> Tensor:
+    y = module.product(x)
+    return y + torch.autograd.grad(y.sum(), x, retain_graph=True, create_graph=create_graph)[0]
+
+
+def stiff(module: Inside, x: Tensor) -> Tensor:
+    return force(module, x, create_graph=True)
+
+
+def by_slope(module: Inside, x: Tensor) -> Tensor:
+    y = module.product(x)
+    return y * torch.autograd.grad(y.sum(), module.a.weight, retain_graph=True)[0].square().sum()
+
+
+def mapped(module: Inside, x: Tensor) -> Tensor:
+    return torch.vmap(module.product)(x)
+
+
+def directional(module: Inside, x: Tensor) -> Any:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(module.product(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+class Unfelt(torch.autograd.Function):
+    """Passes on, and gives no gradient at all."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+class Ignored(nn.Linear):
+    def forward(self, input: Tensor) -> Any:
+        return input + Unfelt.apply(super().forward(input))
+
+
+def sparsely_tied() -> nn.Module:
+    module = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 9, bias=False))
+    module[1].weight = module[0].weight
+    return module
+
+
+def complex_linear() -> nn.Module:
+    return nn.Linear(4, 4, dtype=torch.complex128)
+
+
 def half_frozen() -> nn.Module:
     layer = nn.Linear(4, 4)
     layer.weight.requires_grad_(False)
@@ -128,6 +209,7 @@ def sequence() -> Tensor:
 
 LAYER = {"weight", "bias"}
 INNER = {f"inner.{i}.{name}" for i in (0, 2) for name in LAYER}
+BOTH = {f"{layer}.{name}" for layer in "ab" for name in LAYER}
 FEED_FORWARD = {f"linear{i}.{name}" for i in (1, 2) for name in LAYER}
 
 # A module, its input, and the parameters whose gradients must wait for W.
@@ -157,6 +239,22 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], set[str]]]
     "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0), sequence, FEED_FORWARD),
     "checkpointed": (lambda: Checkpointed(False), vectors, INNER),
     "checkpointed, reentrant": (lambda: Checkpointed(True), vectors, INNER),
+    "checkpointed by the layer itself": (lambda: OwnCheckpoint(4, 4), vectors, set()),
+    "in place after a product": (
+        lambda: nn.Sequential(nn.Linear(9, 3), nn.ReLU(inplace=True)),
+        rows,
+        {"0.weight", "0.bias"},
+    ),
+    "linear to nothing": (lambda: nn.utils.skip_init(nn.Linear, 4, 0), vectors, LAYER),
+    "complex": (complex_linear, lambda: torch.randn(3, 4, dtype=torch.complex128, requires_grad=True), set()),
+    "gradient of the input inside": (lambda: Inside(force), vectors, BOTH),
+    "gradient of the input, differentiated again": (lambda: Inside(stiff), vectors, {"a.bias", "b.bias"}),
+    "gradient of a weight inside": (lambda: Inside(by_slope), vectors, BOTH),
+    "vmap": (lambda: Inside(mapped), vectors, set()),
+    "forward mode": (lambda: Inside(directional), vectors, {"b.bias"}),
+    "parametrised subclass": (lambda: parametrizations.spectral_norm(Squared(4, 4)), vectors, set()),
+    "output without a gradient": (lambda: Ignored(4, 4), vectors, LAYER),
+    "sparse and dense": (sparsely_tied, words, set()),
     "compiled": (half_compiled, vectors, {"1.weight", "1.bias"}),
 }
 
@@ -188,7 +286,7 @@ def test_gradients_are_those_of_autograd(case: str) -> None:
     inputs = [batch().detach() for _ in range(2)]
     kept = []
     for x in inputs:
-        leaf, other = (x.clone().requires_grad_(x.is_floating_point()) for _ in range(2))
+        leaf, other = (x.clone().requires_grad_(x.is_floating_point() or x.is_complex()) for _ in range(2))
         assert torch.equal(run(module, leaf, deferral), run(plain, other))
         kept.append(deferral.take())
         if leaf.grad is not None:
@@ -259,3 +357,48 @@ def test_a_forward_that_somebody_replaced_stays() -> None:
     own = layer.__dict__["forward"] = lambda x: x * 2
     run(layer, torch.randn(2, 4), Deferral([layer]))
     assert layer.__dict__["forward"] is own
+
+
+def test_a_forward_that_somebody_replaces_later_is_the_one_that_runs() -> None:
+    layer = nn.Linear(4, 4)
+    deferral = Deferral([layer])
+    own = layer.__dict__["forward"] = lambda x: x * 2
+    assert torch.equal(run(layer, x := torch.randn(2, 4), deferral), 2 * x)
+    assert layer.__dict__["forward"] is own
+
+
+def test_a_class_that_somebody_changes_later_is_the_one_that_runs() -> None:
+    layer = nn.Linear(4, 4)
+    deferral = Deferral([layer])
+    layer.__class__ = Doubled
+    assert torch.equal(run(layer, x := torch.randn(2, 4), deferral), layer(x)) and deferral.take() == []
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 4), lambda: nn.Conv1d(4, 4, 3)])
+def test_dtypes_that_do_not_go_together_stay_an_error(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    with pytest.raises(RuntimeError, match="type"):
+        run(layer, torch.randn(2, 4, 8)[..., : 4 if isinstance(layer, nn.Linear) else 8].double(), Deferral([layer]))
+
+
+class Rounded(Tensor):
+    """A weight with a product of its own, as quantisation has it."""
+
+
+def test_a_weight_of_a_class_of_its_own_does_not_wait() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Rounded))
+    run(layer, torch.randn(2, 4), deferral := Deferral([layer]))
+    assert deferral.take() == [] and layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("written", ["input", "gradient"])
+def test_what_weight_work_waits_for_must_not_be_written(written: str) -> None:
+    layer = nn.Linear(4, 4)
+    x, gradient = torch.randn(2, 4), torch.randn(2, 4)
+    with (deferral := Deferral([layer])):
+        layer(x).backward(gradient)
+    (x if written == "input" else gradient).add_(1)
+    (work,) = deferral.take()
+    with pytest.raises(ConfigError, match="written in place"):
+        work()
