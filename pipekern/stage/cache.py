@@ -19,8 +19,8 @@ NAME = "cache"
 class Cache:
     """What one layer keeps of the tokens that one group of prompts has already shown it.
 
-    A module takes a cache where its forward has a parameter ``cache`` with the default None. It is given one wherever it
-    is in the model, and its callers need not know::
+    A module takes a cache where its forward has a parameter ``cache`` with the default None. It is given one wherever
+    it is in the model, and its callers need not know::
 
         def forward(self, x, cache=None):                  # x: (samples, new tokens, width)
             start = 0 if cache is None else cache.length   # the position of the first new token
