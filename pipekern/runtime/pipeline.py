@@ -160,15 +160,15 @@ class Pipeline:
     ) -> Ids:
         """The prompts ``ids`` with at most ``max_new_tokens`` more, on every rank; collective, the same call on all.
 
-        ``ids``: int64 (prompts, length), or a list of 1-d tensors of any lengths, and the result is alike, on the CPU.
-        A prompt ends after ``eos_token_id``, with which a tensor's shorter rows are filled up. ``temperature`` 0 takes
-        the most likely token, as the unsplit model does; above it draws one, of the ``top_k`` most likely and of those
-        that sum to ``top_p``, by ``seed``, prompt and token alone, whatever the ranks are (up to rounding of logits).
+        ``ids``: int64 (prompts, length), or a list of 1-d tensors of any lengths; the result is alike, on the CPU.
+        After ``eos_token_id`` a prompt ends, and a tensor's row is filled up with it. ``temperature`` 0 takes the most
+        likely token, as the unsplit model does; above it draws one, of the ``top_k`` most likely and of those that sum
+        to ``top_p``, by ``seed``, prompt and token alone, whatever the ranks are (up to rounding of logits).
 
-        The model takes tokens (prompts, length) to logits (prompts, length, vocabulary), in evaluation mode. Each new
-        token is computed alone where a layer's forward has a parameter ``cache`` (``pk.Cache`` says how): then every
-        module that looks at other positions, or at its own, must take one. Without, all tokens run again each time.
-        Nothing that training owns changes. Raises ``ConfigError``; ``NumericsError`` for logits that are not finite.
+        The model takes tokens to logits (prompts, length, vocabulary), in evaluation mode. All tokens run again for
+        each new one, unless a layer's forward has a parameter ``cache`` (see ``pk.Cache``): then the new one runs
+        alone, and every module that looks at positions must take one. Nothing that training owns changes. Raises
+        ``ConfigError``, and ``NumericsError`` for logits that are not finite.
         """
         parts = self._parts
         with self._running(parts.generator.where), torch.no_grad(), parts.evaluating(), preserved(parts.devices):

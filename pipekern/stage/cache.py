@@ -1,15 +1,4 @@
-"""Key-value caches: what a layer keeps of the tokens it has seen, so that each new one is computed alone.
-
-A module takes a cache where its forward has a parameter ``cache`` with the default None::
-
-    def forward(self, x, cache=None):                  # x: (samples, new tokens, width)
-        start = 0 if cache is None else cache.length   # the position of the first new token
-        ...
-        if cache is not None:
-            key, value = cache.append(key, value)      # all tokens so far, (samples, heads, tokens, width)
-
-The caller need not pass it: :class:`Caches` gives it to every such module, however deep, by a hook.
-"""
+"""Key-value caches: what a layer keeps of the tokens it has seen, so that each new one is computed alone."""
 
 from __future__ import annotations
 
@@ -30,9 +19,18 @@ NAME = "cache"
 class Cache:
     """What one layer keeps of the tokens that one group of prompts has already shown it.
 
-    ``length`` is the number of these tokens, 0 in the first forward, which gets the whole prompt; every later one gets
+    A module takes a cache where its forward has a parameter ``cache`` with the default None. It is given one wherever
+    it is in the model, and its callers need not know::
+
+        def forward(self, x, cache=None):                  # x: (samples, new tokens, width)
+            start = 0 if cache is None else cache.length   # the position of the first new token
+            ...
+            if cache is not None:
+                key, value = cache.append(key, value)      # all tokens so far, (samples, heads, tokens, width)
+
+    ``length`` is the number of tokens before, 0 in the first forward, which gets the whole prompt; every later one gets
     one new token. All samples of a forward have the same length, and there is no padding. ``capacity`` is the most
-    tokens that will come.
+    tokens that will come. A module that looks at positions and keeps nothing reads ``length`` and appends nothing.
     """
 
     def __init__(self, capacity: int):

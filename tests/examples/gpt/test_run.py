@@ -63,6 +63,7 @@ def test_a_short_run_leaves_everything(tmp_path: Path) -> None:
     assert all(torch.isfinite(value).all() for value in weights.values())
     for word in ("bubble", "simulated", "unsplit model", "held out", str(run)):
         assert word in done.stdout
+    assert done.stdout.count("▸") == 3, "the title, and two texts"
 
 
 def vocabulary(run: Path) -> int:
