@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipekern.errors import TransportError
+from pipekern.runtime.batch import Batch
 from pipekern.runtime.blueprint import Blueprint
 from pipekern.runtime.collective import Star, star_links
 from pipekern.runtime.deltas import Ties, tie_links
@@ -17,7 +18,7 @@ from pipekern.runtime.executor import Executor
 from pipekern.runtime.generate import Generator
 from pipekern.runtime.loss import Loss, Verdict
 from pipekern.runtime.outgoing import LOSS_TAG, Outgoing
-from pipekern.runtime.runner import Batch, Ends, Held, Runner
+from pipekern.runtime.runner import Ends, Held, Runner
 from pipekern.stage.random import unit_keys
 from pipekern.stage.stage import Stage
 from pipekern.stage.unit import Unit

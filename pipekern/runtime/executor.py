@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from pipekern.runtime.batch import Batch
 from pipekern.runtime.outgoing import Outgoing
-from pipekern.runtime.runner import Batch, Runner
+from pipekern.runtime.runner import Runner
 from pipekern.schedule.comms import Instruction, Program
 
 

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
+from pipekern.runtime.batch import Batch
 from pipekern.runtime.collective import Star
 from pipekern.runtime.microbatch import digest
 from pipekern.runtime.outgoing import TOKEN_TAG, Outgoing
 from pipekern.runtime.prompts import Group
-from pipekern.runtime.runner import Batch, Runner
+from pipekern.runtime.runner import Runner
 from pipekern.runtime.sampling import Sampling
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.cache import Caches, takes_cache

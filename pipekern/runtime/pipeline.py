@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipekern.errors import ConfigError, NumericsError, TransportError
+from pipekern.errors import NumericsError, TransportError
 from pipekern.optim import clip
 from pipekern.runtime import microbatch
+from pipekern.runtime.batch import Batch, divide
 from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor, place
 from pipekern.runtime.measure import measured
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.parameters import StageParameters, load
 from pipekern.runtime.prompts import Ids, join, prepare
-from pipekern.runtime.runner import Batch
 from pipekern.runtime.sampling import Sampling
 from pipekern.runtime.start import start
 from pipekern.schedule.ir import Schedule
@@ -180,25 +180,10 @@ class Pipeline:
 
     def _batch(self, x: Any, y: Any, training: bool) -> Batch:
         self._executor.times.clear()
-        schedule, here = self._parts.blueprint.schedule, self._parts.stages
-        m = schedule.microbatches
-        inputs = targets = None
-        for name, value, needed in (("x", x, 0 in here), ("y", y, training and schedule.stages - 1 in here)):
-            if value is None and needed:
-                raise ConfigError(
-                    f"{name} is None on a rank that needs it; x goes to the first stage's rank, y to the last's"
-                )
-        sizes = {name: microbatch.batch_size(value, name) for name, value in (("x", x), ("y", y)) if value is not None}
-        if len(set(sizes.values())) > 1:
-            raise ConfigError(f"x has {sizes['x']} samples and y has {sizes['y']}; they must be the same batch")
-        if x is not None and 0 in here:
-            inputs = microbatch.split(x, m, "x")
-        if y is not None and schedule.stages - 1 in here:
-            targets = microbatch.split(y, m, "y")
-        count = next(iter(sizes.values()), 0)
-        digest = microbatch.digest(x, y) if len(sizes) == 2 and not self._parts.star.alone else 0
-        batch = Batch(inputs, targets, microbatch.sizes(count, m), digest, self._step, step_key(self._seed, self._step))
-        self._parts.loss.start(targets or [], batch.sizes)
+        parts = self._parts
+        batch = divide(x, y, parts.blueprint.schedule, parts.stages, training, not parts.star.alone)
+        batch.step, batch.step_key = self._step, step_key(self._seed, self._step)
+        parts.loss.start(batch.targets or [], batch.sizes)
         return batch
 
     def _run(self, executor: Executor, batch: Batch) -> None:

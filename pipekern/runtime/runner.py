@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pipekern.errors import MessageMismatch
+from pipekern.runtime.batch import Batch
 from pipekern.runtime.loss import Loss
 from pipekern.runtime.microbatch import to_device
 from pipekern.runtime.outgoing import BACKWARD_TAG, EVALUATE_TAG, FORWARD_TAG, GENERATE_TAG, Outgoing
 from pipekern.stage.stage import Stage, detached
 from pipekern.transport.base import Receiver, Sender
-from pipekern.transport.value import map_tensors
-
-
-@dataclass
-class Batch:
-    """One step's micro-batches on this process: inputs and targets where they are known, else None."""
-
-    inputs: Sequence[Any] | Mapping[int, Any] | None
-    targets: list[Any] | None
-    sizes: list[int]
-    digest: int = 0
-    step: int = 0
-    step_key: int = 0
-    outputs: list[Any] = field(default_factory=list)
-
-    @property
-    def tag(self) -> int:
-        """The step's part of every tag, so that ranks that run different steps notice."""
-        return (self.step & 0xFFFFFF) << 32
-
-    def keep(self, output: Any) -> None:
-        """Take what the last stage made where there are no targets; its memory may be a slot."""
-        self.outputs.append(map_tensors(torch.clone, output))
 
 
 @dataclass

@@ -58,6 +58,7 @@ def views_hold(ends: Ends) -> Steps:
         yield None
         assert not ends.senders["0>1"].send(1, None)
         yield None
+        yield None
         yield from send(ends, "0>1", 1, None)
     else:
         receiver = ends.receivers["0>1"]
@@ -67,6 +68,7 @@ def views_hold(ends: Ends) -> Steps:
         del got
         assert receiver.held() == [(8,)] and receiver.owns(pointer) and receiver.owns(pointer + 31)
         assert not receiver.owns(pointer + 2**40)
+        yield None
         yield None
         saved.backward()
         del saved
