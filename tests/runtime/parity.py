@@ -98,7 +98,7 @@ def wanted(case: Case, seed: int, initial: dict[str, Any]) -> Trained:
 
 
 def _rates(case: Case) -> dict[str, Any]:
-    """Of AdamW, which moves a weight by lr·g/(|g| + eps): of a gradient as small as eps the last bit counts lr/eps fold.
+    """Of AdamW, which moves a weight by lr·g/(|g| + eps): where g is as small as eps, its last bit counts lr/eps fold.
 
     Weight work that is put off adds to ``.grad`` within a product, which rounds otherwise than a sum of products.
     """
