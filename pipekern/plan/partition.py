@@ -17,7 +17,7 @@ from pipekern.plan.table import Cut
 from pipekern.schedule.exact import fractions, number, scaled
 
 _EXACT_BITS = 64
-_ROUNDED_BITS = 48
+_ROUNDED_BITS = 32  # so that the sums of costs of 53 bits mostly fit in the 126 of the compiled table
 
 
 class Partition(NamedTuple):
@@ -66,7 +66,7 @@ def partition(
     order; default 1), plus ``cut_costs[i] + cut_costs[j]`` (one more than there are layers; the first and last charge
     the two ends of the model; default 0). With ``microbatches`` = m the smallest sum + (m - 1) × bottleneck instead.
     ``memory`` caps what a stage holds. Exact, in integers; speeds without a common multiple of 64 bits are rounded to
-    48 bits. Raises ``ConfigError`` for fewer layers than parts, for values that are no costs, speeds or bytes, and
+    32 bits. Raises ``ConfigError`` for fewer layers than parts, for values that are no costs, speeds or bytes, and
     where no cut stays within the caps, saying by how much.
     """
     _check_parts(parts, len(costs))
