@@ -27,10 +27,7 @@ class Deferral:
 
     def __init__(self, modules: Iterable[nn.Module]):
         self._work: list[Work] = []
-        self._forwards = [(m, type(m), _forward_of(m, self._work_added)) for m in deferrable(modules)]
-
-    def _work_added(self, work: Work) -> None:
-        self._work.append(work)
+        self._forwards = [(m, type(m), _forward_of(m, self._work.append)) for m in deferrable(modules)]
 
     def __enter__(self) -> None:
         for module, kind, forward in self._forwards:
