@@ -21,7 +21,7 @@ class ScheduleError(PipekernError):
 
 
 class NumericsError(PipekernError):
-    """A loss or gradient that is not finite; names the micro-batch."""
+    """A loss or gradient that is not finite; names stage, rank and micro-batch where it arose."""
 
 
 class CheckpointError(PipekernError):

@@ -13,7 +13,7 @@ from pipekern.errors import TransportError
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.blueprint import Blueprint
 from pipekern.runtime.collective import Star, star_links
-from pipekern.runtime.deltas import Ties, tie_links
+from pipekern.runtime.deltas import Deltas, Ties, tie_links
 from pipekern.runtime.executor import Executor
 from pipekern.runtime.generate import Generator
 from pipekern.runtime.loss import Loss, Verdict
@@ -130,6 +130,30 @@ class Assembly:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Steps in here start without gradients; then gradients and buffers are as they were."""
+        gradients = Deltas(self.parameters.values())
+        buffers = [(b, b.clone()) for module in self.modules() for b in module.buffers(recurse=False)]
+        try:
+            yield
+        finally:
+            gradients.drop()
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+    @contextmanager
+    def replaced(self, stages: Mapping[int, Stage]) -> Iterator[None]:
+        """Steps in here run ``stages`` in place of this process's own."""
+        for index, runner in self._runners.items():
+            runner.stage = stages[index]
+        try:
+            yield
+        finally:
+            for index, runner in self._runners.items():
+                runner.stage = self.stages[index]
 
     def peaks(self) -> list[float]:
         """The most activations that each rank of this process held in the last step, as simulations count them."""

@@ -1,7 +1,7 @@
 """Gradients of one step kept apart from those that were there before, where a step must still change its own part.
 
-Two cases: a loss whose divisor is known only at the end of the step, and a weight that several ranks hold, whose
-gradient is the sum of theirs. Everything else accumulates straight into ``.grad``.
+Three cases: a loss whose divisor is known only at the end of the step, a weight that several ranks hold, whose
+gradient is the sum of theirs, and a step that may be dropped. Everything else accumulates straight into ``.grad``.
 """
 
 from __future__ import annotations
@@ -101,3 +101,8 @@ class Deltas:
             if before is None:
                 continue
             parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+
+    def drop(self) -> None:
+        """Give back what was there before, without the step's own."""
+        for parameter, before in self._before:
+            parameter.grad = before

@@ -18,26 +18,25 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Verdict(NamedTuple):
     """What the last stage tells all ranks of a step.
 
-    ``loss`` of the batch, 0-d, None for an evaluation without targets; the first micro-batch whose loss is not finite,
-    or -1; and what every gradient must still be divided by, where the loss is a pair (sum, count).
+    ``loss`` of the batch, 0-d, None for an evaluation without targets; and what every gradient must still be divided
+    by, where the loss is a pair (sum, count).
     """
 
     loss: torch.Tensor | None
-    first_nonfinite: int = -1
     divisor: float | None = None
 
     def encode(self) -> torch.Tensor:
-        """Five float64 numbers for a message."""
+        """Four float64 numbers for a message."""
         loss, kind = (0.0, -1) if self.loss is None else (float(self.loss), _DTYPES.index(self.loss.dtype))
         divisor = 1.0 if self.divisor is None else self.divisor
-        return torch.tensor([loss, kind, self.first_nonfinite, self.divisor is not None, divisor], dtype=torch.float64)
+        return torch.tensor([loss, kind, self.divisor is not None, divisor], dtype=torch.float64)
 
     @classmethod
     def decode(cls, numbers: torch.Tensor) -> Verdict:
         """The verdict that :meth:`encode` wrote."""
-        loss, kind, first, late, divisor = numbers.tolist()
+        loss, kind, late, divisor = numbers.tolist()
         there = None if kind < 0 else torch.tensor(loss, dtype=_DTYPES[int(kind)])
-        return cls(there, int(first), divisor if late else None)
+        return cls(there, divisor if late else None)
 
 
 class Loss:
@@ -104,12 +103,10 @@ class Loss:
         if not self._values:
             return Verdict(None)
         values = torch.stack(self._values)
-        bad = (~torch.isfinite(values)).nonzero()
-        first = int(bad[0]) if len(bad) else -1
         if not self._counts:
-            return Verdict(values.sum(), first)
+            return Verdict(values.sum())
         divisor = torch.stack(self._counts).sum()
-        return Verdict((values.double().sum() / divisor).to(values.dtype), first, float(divisor))
+        return Verdict((values.double().sum() / divisor).to(values.dtype), float(divisor))
 
 
 def _target_weight(loss_fn: nn.Module, target: torch.Tensor) -> float:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipekern.errors import NumericsError, TransportError
+from pipekern.errors import TransportError
 from pipekern.optim import clip
 from pipekern.runtime import microbatch
 from pipekern.runtime.batch import Batch, divide
 from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor, place
 from pipekern.runtime.measure import measured
+from pipekern.runtime.nonfinite import Guard
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.parameters import StageParameters, load
 from pipekern.runtime.prompts import Ids, join, prepare
@@ -44,8 +45,10 @@ class Pipeline:
     * ``split``: units a stage, or ``LayerCosts`` from ``pk.profile``; by default estimated.
     * ``recompute``: ``"full"`` keeps the input of each unit and runs it again in the backward, ``"selective"`` also
       keeps the results of its products; the same random numbers, the same gradients, less memory, more time.
-    * ``on_nonfinite``: a loss or norm that is not finite raises ``NumericsError``, or drops the step's gradients on all
-      ranks together (``"skip"``), or is let through (``"ignore"``).
+    * ``on_nonfinite``: a step with a loss or gradient that is not finite raises ``NumericsError`` on all ranks, and
+      leaves ``.grad`` for a look (``"raise"``); or its own gradients are dropped on all of them, ``.grad`` is what it
+      was before the step, and the log has a warning (``"skip"``); or nobody looks (``"ignore"``). Stage, rank and
+      micro-batch where it arose are named, for which such a step runs once more.
     * ``inputs``: parameters of the module's forward that ``x`` gives, by a dict or by a tuple in this order; if None,
       those without a default, else the first.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
@@ -91,7 +94,7 @@ class Pipeline:
                 inputs,
             )
         )
-        self._on_nonfinite = on_nonfinite
+        self._guard = Guard(self._parts, on_nonfinite)
         self._seed = seed
         self._step = 0
         self._closed = ""
@@ -112,23 +115,25 @@ class Pipeline:
         parts = self._parts
         with self._running():
             batch = self._batch(x, y, training=True)
-            apart = parts.ties.parameters if self._loss_is_pair is False else self._parameters()
-            deltas = Deltas(apart)
+            whole = self._loss_is_pair is not False or self._guard.drops
+            deltas = Deltas(self._parameters() if whole else parts.ties.parameters)
             with preserved(parts.devices):
                 self._run(parts.train, batch)
             verdict = parts.verdict(batch)
             parts.ties.reduce(batch.tag)
             if verdict.divisor is not None:
                 deltas.divide(verdict.divisor)
-            deltas.merge()
             parts.refuse_held()
+            assert verdict.loss is not None
+            trouble = self._guard.trouble(batch, verdict.loss)
+            if trouble and self._guard.drops:
+                deltas.drop()
+            else:
+                deltas.merge()
             self._loss_is_pair = verdict.divisor is not None
             self._step += 1
-        assert verdict.loss is not None
-        if verdict.first_nonfinite >= 0:
-            self._nonfinite(
-                f"the loss of micro-batch {verdict.first_nonfinite} of step {batch.step} is {float(verdict.loss)}"
-            )
+        if trouble:
+            self._guard.report(trouble)
         return verdict.loss
 
     def eval_step(self, x: Any = None, y: Any = None) -> Any:
@@ -190,13 +195,6 @@ class Pipeline:
         self._executor = executor
         executor.run(batch)
 
-    def _nonfinite(self, what: str) -> None:
-        if self._on_nonfinite == "raise":
-            raise NumericsError(f"{what}; look at that data, lower the learning rate, or set on_nonfinite='skip'")
-        if self._on_nonfinite == "skip":
-            for parameter in self._parameters():
-                parameter.grad = None
-
     @contextmanager
     def _running(self, where: Callable[[], str] | None = None) -> Iterator[None]:
         if self._closed:
@@ -257,7 +255,8 @@ class Pipeline:
         """Scale all gradients so that their norm over all stages is at most ``max_norm``; collective.
 
         Returns the norm before, 0-d float64, the same bits on every rank and for every split; a tied weight counts
-        once.
+        once. Where it is not finite (a sum of steps that overflows) ``on_nonfinite`` decides; ``"skip"`` then drops all
+        of ``.grad``.
         """
         place = self._parts.blueprint.parameters
         with self._running():
@@ -266,7 +265,9 @@ class Pipeline:
             total, bad = clip.total_norm(rows, norm_type)
         if bad >= 0:
             name = next(name for name, index in place.items() if index == bad)
-            self._nonfinite(f"the gradient of {name} is not finite")
+            for parameter in self._parameters() if self._guard.drops else ():
+                parameter.grad = None
+            self._guard.report(f"the norm of the gradient of {name} is not finite")
         clip.scale(self._parameters(), max_norm, total)
         return total
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +54,13 @@ def verify(pipe: Pipeline, x: Any, y: Any) -> Verification:
     """
     star = pipe._parts.star
     state = _merged(star.gather(dict(pipe.state_dict())))
-    with _undisturbed(pipe):
-        loss = pipe.train_step(x, y)
-        grads = _merged(star.gather({name: p.grad for name, p in pipe.named_parameters()}))
+    step = pipe._step
+    try:
+        with pipe._parts.undisturbed():
+            loss = pipe.train_step(x, y)
+            grads = _merged(star.gather({name: p.grad for name, p in pipe.named_parameters()}))
+    finally:
+        pipe._step = step
     if star.alone or star.rank == star.root:
         found = _compare(pipe, state, x, y, float(loss), grads)
     else:
@@ -69,23 +71,6 @@ def verify(pipe: Pipeline, x: Any, y: Any) -> Verification:
 
 def _merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: value for row in rows for name, value in row.items()}
-
-
-@contextmanager
-def _undisturbed(pipe: Pipeline) -> Iterator[None]:
-    grads = [(p, p.grad) for p in pipe.parameters()]
-    buffers = [(b, b.clone()) for module in pipe._parts.modules() for b in module.buffers(recurse=False)]
-    for parameter, _ in grads:
-        parameter.grad = None
-    step = pipe._step
-    try:
-        yield
-    finally:
-        pipe._step = step
-        for parameter, grad in grads:
-            parameter.grad = grad
-        for buffer, before in buffers:
-            buffer.copy_(before)
 
 
 def _compare(

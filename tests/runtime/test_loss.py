@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -154,85 +153,3 @@ def test_loss_that_is_not_a_scalar(loss_fn: Any, value: str) -> None:
     pipe = pk.Pipeline(_classifier(), loss_fn=loss_fn, microbatches=2, ranks=2)
     with pipe, pytest.raises(pk.ConfigError, match=rf"{value}.*one number.*\(sum, count\)"):
         pipe.train_step(torch.randn(6, 4), torch.randn(6, CLASSES))
-
-
-def _nan_at(microbatch: int, output: Tensor, target: Tensor) -> Tensor:
-    """A loss that is NaN where the micro-batch's first target says so."""
-    loss = F.mse_loss(output, target[:, 1:])
-    return loss * torch.where(target[0, 0] == microbatch, torch.nan, 1.0)
-
-
-def _nonfinite(ranks: int, policy: str, seed: int) -> tuple[str, float, dict[str, Any], dict[str, Any], float]:
-    """A step with NaN in micro-batch 2: error, loss, gradients, what weights changed; and the loss of a good step."""
-    torch.manual_seed(seed)
-    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, CLASSES, dtype=torch.float64)
-    marks = torch.arange(4.0, dtype=torch.float64).repeat_interleave(2)[:, None]
-    text = ""
-    with pk.Pipeline(
-        make_seeded(_classifier, seed), loss_fn=partial(_nan_at, 2), microbatches=4, ranks=ranks, on_nonfinite=policy
-    ) as pipe:
-        optimizer = pipe.optimizer(torch.optim.AdamW, lr=0.1)
-        before = {name: p.detach().clone() for name, p in pipe.named_parameters()}
-        loss = torch.tensor(0.0)
-        try:
-            loss = pipe.train_step(x, torch.cat([marks, y], 1))
-            pipe.clip_grad_norm_(1.0)
-            optimizer.step()
-        except pk.NumericsError as error:
-            text = str(error)
-        grads = gradients(pipe)
-        after = {name: p.detach().clone() for name, p in pipe.named_parameters()}
-        changed = {name: not torch.equal(after[name], before[name]) for name in after}
-        optimizer.zero_grad()
-        good = pipe.train_step(x, torch.cat([marks + 9, y], 1)).item()
-        return text, loss.item(), grads, changed, good
-
-
-@PLACES
-def test_nan_in_one_micro_batch_raises_on_every_rank(processes: bool, seed: int) -> None:
-    """It names the micro-batch; the pipeline can go on afterwards."""
-    for text, _, _, changed, good in run(processes, _nonfinite, 2, "raise", seed):
-        assert "micro-batch 2" in text
-        assert "on_nonfinite" in text
-        assert not any(changed.values())
-        assert good == good
-
-
-@PLACES
-def test_nan_in_one_micro_batch_skips_the_step_on_all_ranks(processes: bool, seed: int) -> None:
-    for text, loss, grads, changed, good in run(processes, _nonfinite, 2, "skip", seed):
-        assert text == ""
-        assert loss != loss
-        assert all(grad is None for grad in grads.values())
-        assert not any(changed.values())
-        assert good == good
-
-
-@PLACES
-def test_nan_in_one_micro_batch_is_let_through_on_request(processes: bool, seed: int) -> None:
-    for text, loss, grads, changed, good in run(processes, _nonfinite, 2, "ignore", seed):
-        assert text == ""
-        assert loss != loss
-        assert all(grad.isnan().any() for grad in grads.values())
-        assert all(changed.values())
-        assert good != good  # the weights are NaN now
-
-
-def _nan_gradient(ranks: int, policy: str) -> tuple[str, list[bool]]:
-    """The loss is finite, the gradient is not: sqrt at 0."""
-    model = make_seeded(_classifier, 0)
-    loss_fn = lambda output, target: (output * 0).sum(1).sqrt().mean()  # noqa: E731
-    with pk.Pipeline(model, loss_fn=loss_fn, microbatches=2, ranks=ranks, on_nonfinite=policy) as pipe:
-        pipe.train_step(_x(), _targets())
-        try:
-            pipe.clip_grad_norm_(1.0)
-        except pk.NumericsError as error:
-            return str(error), []
-        return "", [p.grad is None for p in pipe.parameters()]
-
-
-@PLACES
-def test_gradient_that_is_not_finite_is_seen_by_the_norm(processes: bool) -> None:
-    """Every rank raises, naming a parameter, or drops its gradients."""
-    assert all("gradient of 0.weight" in text for text, _ in run(processes, _nan_gradient, 2, "raise"))
-    assert all(all(dropped) for _, dropped in run(processes, _nan_gradient, 2, "skip"))
