@@ -179,7 +179,7 @@ class Assembly:
 
 
 def build_stages(
-    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], seed: int, recompute: str
+    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], seed: int
 ) -> dict[int, Stage]:
     """The stages ``here``, with memory and weights, each on the device of its rank; ``devices`` is by rank."""
     stages = {}
@@ -191,5 +191,6 @@ def build_stages(
             unit.evaluate.to(device)
         first = blueprint.first_unit[index]
         keys = unit_keys(seed, blueprint.schedule.microbatches, range(first, first + len(units)))
+        recompute = blueprint.recompute[index]
         stages[index] = Stage(index, blueprint.root, units, device, keys, blueprint.schedule.defers, recompute)
     return stages

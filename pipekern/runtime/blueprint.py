@@ -17,6 +17,7 @@ from pipekern.plan.choose import choose
 from pipekern.plan.partition import partition
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
+from pipekern.runtime.recomputation import recomputation
 from pipekern.schedule.comms import Program
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.estimate import estimate, estimate_waiting
@@ -28,7 +29,8 @@ from pipekern.stage.unit import Unit, cut
 class Blueprint:
     """``stages[s]`` are the units of stage s, ``first_unit[s]`` the index of its first.
 
-    ``parameters`` gives every name its place in the model's order; names of one tied weight share theirs.
+    ``recompute[s]`` says what of each of them is made again. ``parameters`` gives every name its place in the model's
+    order; names of one tied weight share theirs.
     """
 
     root: nn.Module
@@ -37,6 +39,7 @@ class Blueprint:
     evaluate: Program
     stages: list[list[Unit]]
     first_unit: list[int]
+    recompute: list[list[str]]
     ties: list[Tie]
     parameters: dict[str, int]
     state: list[str]
@@ -61,6 +64,7 @@ class Blueprint:
             "order of instructions": str(self.schedule),
             "inputs": None if first.arguments is None else list(first.arguments.given),
             "split": [len(units) for units in self.stages],
+            "recompute": self.recompute,
             "parameters": [f"{name} {list(p.shape)}" for name, p in parameters],
             "dtype": ", ".join(sorted({str(p.dtype) for _, p in parameters})),
             "version of pipekern": __version__,
@@ -81,14 +85,16 @@ def draw(options: Options, ranks: int) -> Blueprint:
     refuse_shared_state(stages)
     place: dict[int, int] = {}
     parameters = {name: place.setdefault(id(p), len(place)) for unit in units for name, p in unit.named_parameters()}
+    program = order.program()
     state = list(root.state_dict()) or [unit.prefix + n for unit in units for n in unit.train.state_dict()]
     return Blueprint(
         root,
         order,
-        order.program(),
+        program,
         order.forward_only().program(),
         stages,
         starts,
+        recomputation(options, stages, program),
         find_ties(stages, order.stage_rank),
         parameters,
         state,

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from pipekern.runtime.executor import Placed
+import torch
+
+from pipekern.runtime.assembly import Assembly
+from pipekern.runtime.executor import Executor, Placed, place
 from pipekern.schedule.comms import SENDS, Program
 from pipekern.trace.timeline import Span, Timeline
 
 _KINDS = {"SEND_F": "SEND", "SEND_B": "SEND", "RECV_F": "RECV", "RECV_B": "RECV"}
+
+
+def gathered(parts: Assembly, executor: Executor) -> Timeline:
+    """The timeline of what ``executor`` ran last, in microseconds from the first rank's start; collective."""
+    own = torch.tensor(executor.times, dtype=torch.int64), parts.peaks()
+    rows = parts.star.gather(own)
+    times, peaks = [clock.tolist() for clock, _ in rows], [peak for _, held in rows for peak in held]
+    program = executor.program
+    placed = [executor.placed] if parts.star.alone else [place(program, rank) for rank in range(len(times))]
+    return measured(program, placed, times, peaks)
 
 
 def measured(

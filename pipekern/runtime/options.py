@@ -39,12 +39,18 @@ class Options:
     transport: str
     timeout: float
     inputs: Sequence[str] | None = None
+    memory: float | Sequence[float] | None = None
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
         choose(self.transport, None)
-        for name, choices in (("recompute", CHOICES), ("on_nonfinite", POLICIES)):
+        for name, choices in (("recompute", (*CHOICES, "auto")), ("on_nonfinite", POLICIES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
         if not self.timeout > 0:
             raise ConfigError(f"timeout={self.timeout!r}; give the seconds that a silent rank is waited for, above 0")
+        if self.memory is not None and self.recompute != "auto":
+            raise ConfigError(
+                f"memory={self.memory} is what recompute='auto' chooses under, and recompute={self.recompute!r}; set "
+                "recompute='auto', or leave memory out"
+            )

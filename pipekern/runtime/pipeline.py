@@ -16,8 +16,8 @@ from pipekern.optim import clip
 from pipekern.runtime import microbatch
 from pipekern.runtime.batch import Batch, divide
 from pipekern.runtime.deltas import Deltas
-from pipekern.runtime.executor import Executor, place
-from pipekern.runtime.measure import measured
+from pipekern.runtime.executor import Executor
+from pipekern.runtime.measure import gathered
 from pipekern.runtime.nonfinite import Guard
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.parameters import StageParameters, load
@@ -45,6 +45,9 @@ class Pipeline:
     * ``split``: units a stage, or ``LayerCosts`` from ``pk.profile``; by default estimated.
     * ``recompute``: ``"full"`` keeps the input of each unit and runs it again in the backward, ``"selective"`` also
       keeps the results of its products; the same random numbers, the same gradients, less memory, more time.
+      ``"auto"`` chooses for each unit, by the costs in ``split``, what adds the least time within ``memory``.
+    * ``memory``: bytes that a rank may take, one number or one a rank, for weights, gradients, two moments of Adam,
+      activations and messages; by default what is free on its device, or on its machine for each rank there.
     * ``on_nonfinite``: a step with a loss or gradient that is not finite raises ``NumericsError`` on all ranks, and
       leaves ``.grad`` for a look (``"raise"``); or its own gradients are dropped on all of them, ``.grad`` is what it
       was before the step, and the log has a warning (``"skip"``); or nobody looks (``"ignore"``). Stage, rank and
@@ -75,6 +78,7 @@ class Pipeline:
         transport: str = "auto",
         timeout: float = 60.0,
         inputs: Sequence[str] | None = None,
+        memory: float | Sequence[float] | None = None,
     ):
         self._parts = start(
             Options(
@@ -92,6 +96,7 @@ class Pipeline:
                 transport,
                 timeout,
                 inputs,
+                memory,
             )
         )
         self._guard = Guard(self._parts, on_nonfinite)
@@ -278,14 +283,8 @@ class Pipeline:
 
         Ranks on one machine share a clock; between machines rows are shifted by the difference of theirs.
         """
-        executor, program = self._executor, self._executor.program
         with self._running():
-            own = torch.tensor(executor.times, dtype=torch.int64), self._parts.peaks()
-            rows = self._parts.star.gather(own)
-            times, peaks = [clock.tolist() for clock, _ in rows], [peak for _, held in rows for peak in held]
-            del rows
-        placed = [executor.placed] if self._parts.star.alone else [place(program, rank) for rank in range(len(times))]
-        return measured(program, placed, times, peaks)
+            return gathered(self._parts, self._executor)
 
     def close(self) -> None:
         """Leave the job and free links. Parameters and ``.grad`` stay."""

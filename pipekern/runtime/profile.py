@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
+from pipekern.runtime.footprint import Run, footprint
 from pipekern.stage.deferral import Deferral
-from pipekern.stage.random import preserved
+from pipekern.stage.random import generator, preserved
+from pipekern.stage.recompute import CHOICES, Recomputed
 from pipekern.stage.spec import LayerSpec
 from pipekern.stage.unit import Unit, cut
 from pipekern.transport.value import distinct, map_tensors, tensors
@@ -23,12 +26,28 @@ from pipekern.transport.value import distinct, map_tensors, tensors
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Microseconds of one micro-batch a unit: ``forward``, ``backward``, and ``weight``, what can be put off of it."""
+    """Microseconds of one micro-batch a unit: ``forward``, ``backward``, and ``weight``, what can be put off of it.
+
+    What ``recompute="auto"`` chooses by, empty where it was not measured: rows ``kept`` (bytes from a unit's forward to
+    its backward) and ``added`` (microseconds more) with a value for each of ``"none"``, ``"selective"`` and ``"full"``;
+    bytes that are ``waiting`` from there to put-off weight work; bytes of ``outputs`` that go to the next unit, and
+    those that a stage keeps more where it ``ends`` with the unit.
+    """
 
     names: tuple[str, ...]
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     weight: tuple[float, ...]
+    kept: tuple[tuple[float, ...], ...] = ()
+    added: tuple[tuple[float, ...], ...] = ()
+    waiting: tuple[float, ...] = ()
+    outputs: tuple[float, ...] = ()
+    ends: tuple[float, ...] = ()
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> LayerCosts:
+        """From plain values: what ``dataclasses.asdict`` gives, with tuples as lists, as JSON has them."""
+        return cls(**{name: _tuples(value) for name, value in row.items()})
 
     @classmethod
     def given(cls, costs: Sequence[float]) -> LayerCosts:
@@ -46,7 +65,8 @@ class LayerCosts:
 def profile(
     model: nn.Module | Sequence[LayerSpec], x: Any, *, repeats: int = 5, inputs: Sequence[str] | None = None
 ) -> LayerCosts:
-    """Run each unit of ``model`` forward and backward on what it gets from the one before, and take medians.
+    """Run each unit of ``model`` forward and backward on what it gets from the one before, and take medians; also with
+    recomputation, and count the bytes that it keeps.
 
     ``x`` is one micro-batch; ``inputs`` is as in ``Pipeline``. It works on a copy: weights, gradients, buffers and
     random state of ``model`` stay as they are.
@@ -55,21 +75,48 @@ def profile(
     units = cut(source, 0, inputs)[1]
     units = [unit.built() for unit in units]
     device = next((p.device for unit in units for _, p in unit.named_parameters()), torch.device("cpu"))
-    value, rows = x, []
+    ways = [_ways(unit, device) for unit in units]
+    value, rows, added = x, [], []
     with preserved([device]):
-        for unit in units:
-            runs = [_time(unit, value, device) for _ in range(repeats + 1)][1:]
-            rows.append([statistics.median(times) for times in zip(*runs, strict=True)])
+        for unit, runs in zip(units, ways, strict=True):
+            times = {how: _median(unit, run, value, device, repeats) for how, run in runs.items()}
+            rows.append(times["none"])
+            added.append(tuple(max(0.0, sum(times[how]) - sum(times["none"])) for how in CHOICES))
             with torch.no_grad():
-                value = _leaves(unit.call(unit.train)(_copied(value)))
-    return LayerCosts(tuple(unit.name for unit in units), *map(tuple, zip(*rows, strict=True)))
+                value = _leaves(runs["none"](_copied(value)))
+        found = footprint(units, ways, x, _leaves)
+    names = tuple(unit.name for unit in units)
+    forward, backward, weight = zip(*rows, strict=True)
+    return LayerCosts(
+        names,
+        forward,
+        backward,
+        weight,
+        tuple(found.kept),
+        tuple(added),
+        tuple(found.waiting),
+        tuple(found.outputs),
+        tuple(found.ends),
+    )
 
 
-def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float, float]:
+def _ways(unit: Unit, device: torch.device) -> dict[str, Run]:
+    """How a unit runs under each of ``CHOICES``."""
+    plain, seed = unit.call(unit.train), generator(device).manual_seed
+    again = {how: partial(Recomputed(plain, unit.train, how, seed), 0) for how in CHOICES if how != "none"}
+    return {"none": plain, **again}
+
+
+def _median(unit: Unit, run: Run, value: Any, device: torch.device, repeats: int) -> tuple[float, ...]:
+    times = [_time(unit, run, value, device) for _ in range(repeats + 1)][1:]
+    return tuple(statistics.median(column) for column in zip(*times, strict=True))
+
+
+def _time(unit: Unit, run: Run, value: Any, device: torch.device) -> tuple[float, float, float]:
     value, deferral = _copied(value), Deferral(unit.train.modules())
     with deferral:
         clock = [_now(device)]
-        output = unit.call(unit.train)(value)
+        output = run(value)
         clock.append(_now(device))
         ends = [t for t in distinct(tensors(output)) if t.requires_grad]
         if ends:
@@ -80,6 +127,10 @@ def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float, f
     clock.append(_now(device))
     forward, backward, weight = ((end - start) / 1e3 for start, end in pairwise(clock))
     return forward, backward, weight
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def _copied(value: Any) -> Any:

@@ -11,11 +11,12 @@ import torch
 from pipekern.errors import ConfigError, PipekernError
 from pipekern.runtime.assembly import Assembly, build_stages, links
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
+from pipekern.runtime.limits import limits, memory_of
 from pipekern.runtime.options import Options
 from pipekern.runtime.profile import LayerCosts
 from pipekern.transport.agree import disagreements
 from pipekern.transport.open import open_transport
-from pipekern.transport.world import World, join
+from pipekern.transport.world import World, join, same_host
 
 
 def start(options: Options) -> Assembly:
@@ -37,7 +38,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
     if rank is not None:
         free_others(blueprint, owned(blueprint, here))
-    stages = build_stages(blueprint, here, devices, options.seed, options.recompute)
+    stages = build_stages(blueprint, here, devices, options.seed)
     transport, senders, receivers = open_transport(options.transport, links(blueprint), schedule.ranks, world)
     return Assembly(blueprint, rank, stages, options.loss_fn, transport, senders, receivers)
 
@@ -46,8 +47,12 @@ def _agreed(options: Options, world: World | None) -> tuple[Blueprint, list[torc
     """The blueprint, once all ranks have drawn the same, and a device a rank. What is wrong on one is raised on all."""
     if world is None:
         size = _size(options.ranks, world)
-        return draw(options, size), _devices(options.devices, size, launched=False)
-    options = _costs_of_rank_0(options, world)
+        devices = _devices(options.devices, size, launched=False)
+        if _wants_memory(options):
+            rows = [memory_of(options.module, device, devices.count(device)) for device in devices]
+            options = replace(options, memory=limits(rows, lambda a, b: True))
+        return draw(options, size), devices
+    options = _informed(options, world)
     failure: PipekernError | None = None
     try:
         devices = _devices(options.devices, _size(options.ranks, world), launched=True)
@@ -64,13 +69,30 @@ def _agreed(options: Options, world: World | None) -> tuple[Blueprint, list[torc
     return blueprint, devices
 
 
-def _costs_of_rank_0(options: Options, world: World) -> Options:
-    """Measured costs differ a little from rank to rank: all split by those of rank 0."""
+def _informed(options: Options, world: World) -> Options:
+    """With what ranks measure for themselves and must agree on: the costs of rank 0, by which all split, and the memory
+    that each rank may take.
+    """
     split = options.split
-    first = world.gather({"costs": asdict(split) if isinstance(split, LayerCosts) else None})[0]["costs"]
-    if first is None or not isinstance(split, LayerCosts):
-        return options
-    return replace(options, split=LayerCosts(*map(tuple, first.values())))
+    row = {"costs": asdict(split) if isinstance(split, LayerCosts) else None, "memory": {}}
+    if _wants_memory(options):
+        try:
+            device = _devices(options.devices, world.size, launched=True)[world.rank]
+            row["memory"] = memory_of(options.module, device)
+        except ConfigError:
+            pass  # raised again where every rank hears of it
+    rows = world.gather(row)
+    if rows[0]["costs"] is not None and isinstance(split, LayerCosts):
+        options = replace(options, split=LayerCosts.read(rows[0]["costs"]))
+    if _wants_memory(options):
+        ids = world.identities
+        found = limits([row["memory"] for row in rows], lambda a, b: same_host(ids[a], ids[b]))
+        options = replace(options, memory=found)
+    return options
+
+
+def _wants_memory(options: Options) -> bool:
+    return options.recompute == "auto" and options.memory is None
 
 
 def _size(ranks: int | None, world: World | None) -> int:

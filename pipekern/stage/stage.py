@@ -33,8 +33,8 @@ class Stage:
 
     ``root.training`` chooses the units' training code, as it does for the unsplit model. ``keys[microbatch][i]`` seeds
     unit i (see ``random.py``). Values between stages are those of ``transport/message.py``.
-    With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off. ``recompute`` says
-    what is made again in the backward, see ``recompute.py``.
+    With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off. ``recompute[i]``
+    says what of unit i is made again in the backward, see ``recompute.py``; by default nothing.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class Stage:
         device: torch.device,
         keys: list[list[int]],
         defers: bool = False,
-        recompute: str = "none",
+        recompute: Sequence[str] = (),
     ):
         self.index = index
         self._root = root
         self.units = list(units)
         self.device = device
         self._evaluate = [unit.call(unit.evaluate) for unit in units]
-        run = _runner(recompute, generator(device).manual_seed)
+        runs = [_runner(how, generator(device).manual_seed) for how in recompute or ["none"] * len(units)]
         self._runs = {
-            True: [run(unit.call(unit.train), unit.train) for unit in units],
-            False: [run(call, unit.evaluate) for call, unit in zip(self._evaluate, units, strict=True)],
+            True: [run(unit.call(unit.train), unit.train) for run, unit in zip(runs, units, strict=True)],
+            False: [run(c, unit.evaluate) for run, c, unit in zip(runs, self._evaluate, units, strict=True)],
         }
         self._keys = keys
         self._stash: dict[int, Stash] = {}

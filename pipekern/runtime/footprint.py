@@ -1,0 +1,137 @@
+"""The bytes that units keep for their backward, counted by what is still there after a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipekern.stage.deferral import Deferral
+from pipekern.stage.recompute import CHOICES
+from pipekern.stage.unit import Unit
+from pipekern.transport.value import distinct, map_tensors, tensors
+
+Run = Callable[[Any], Any]
+
+
+class Made(TorchDispatchMode):
+    """Remembers, without holding it, all memory that is made while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs or {}))}
+        for tensor in tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:  # else it is a view, or was written in place
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def alive(self, without: Iterable[int] = ()) -> int:
+        """Bytes that something still holds, but for those of the storages ``without``."""
+        skipped = set(without)
+        return sum(size for key, (held, size) in self._made.items() if key not in skipped and not held.expired())
+
+
+@dataclass
+class Passing:
+    """The memory of a tensor between units: who made it (-1: the batch), and whether a unit that keeps all holds it."""
+
+    maker: int
+    nbytes: int
+    held: bool = False
+
+
+class Footprint(NamedTuple):
+    """What each unit keeps of one micro-batch, in bytes: ``kept[i]`` for each of ``CHOICES``, until its backward;
+    ``waiting[i]`` for weight work from then on; the ``outputs`` that it hands on; and ``ends[i]``, what it keeps more
+    where a stage ends with it, of outputs that nothing holds within a stage.
+    """
+
+    kept: list[tuple[int, ...]]
+    waiting: list[int]
+    outputs: list[int]
+    ends: list[int]
+
+
+class _Seen(NamedTuple):
+    inner: int  # bytes made within that stay
+    inputs: list[bool]  # which stay
+    outputs: list[tuple[int, bool]]  # the place among the inputs of the memory it is in, or -1; whether it stays
+
+
+def footprint(units: Sequence[Unit], runs: Sequence[dict[str, Run]], x: Any, leaves: Callable[[Any], Any]) -> Footprint:
+    """Run each unit as ``runs`` says for each of ``CHOICES`` on what it gets from the one before; ``leaves`` makes a
+    value that starts a graph.
+
+    Memory that goes from unit to unit is its maker's, and counts where the maker or a later unit holds it when nothing
+    is made again, or hands it on; an input that only a recomputation holds counts to that unit.
+    """
+    value = x
+    passing = [Passing(-1, 0) for _ in distinct(tensors(x))]
+    seen: list[dict[str, _Seen]] = []
+    inputs, made, waiting, outputs = [], [], [], []
+    for index, (unit, run) in enumerate(zip(units, runs, strict=True)):
+        waiting.append(_waiting(unit, run["none"], value))
+        looks = {how: _look(run[how], value) for how in CHOICES}
+        with torch.no_grad():
+            value = leaves(run["none"](map_tensors(torch.clone, value)))
+        sizes = [t.untyped_storage().nbytes() for t in distinct(tensors(value))]
+        through = {at for at, _ in looks["none"].outputs}
+        for at, stays in enumerate(looks["none"].inputs):
+            passing[at].held |= stays or at in through  # the value goes on: some stage hands it to the next
+        inputs.append(passing)
+        pairs = zip(looks["none"].outputs, sizes, strict=True)
+        passing = [passing[at] if at >= 0 else Passing(index, size, stays) for (at, stays), size in pairs]
+        seen.append(looks)
+        made.append(passing)
+        outputs.append(sum(t.nbytes for t in distinct(tensors(value))))
+    for one in passing:
+        one.held = True
+    kept = [tuple(_kept(i, seen[i][how], inputs[i], made[i]) for how in CHOICES) for i in range(len(units))]
+    ends = [_own(i, row, held=False) for i, row in enumerate(made)]
+    return Footprint(kept, waiting, outputs, ends)
+
+
+def _kept(index: int, seen: _Seen, inputs: Sequence[Passing], outputs: Sequence[Passing]) -> int:
+    of_input = sum(one.nbytes for one, stays in zip(inputs, seen.inputs, strict=True) if stays and not one.held)
+    return seen.inner + of_input + _own(index, outputs, held=True)
+
+
+def _own(index: int, outputs: Sequence[Passing], held: bool) -> int:
+    own = {id(one): one.nbytes for one in outputs if one.maker == index and one.held == held}
+    return sum(own.values())
+
+
+def _look(run: Run, value: Any) -> _Seen:
+    given = map_tensors(torch.clone, value)  # not leaves, which autograd's own nodes would hold
+    before = [t.untyped_storage() for t in distinct(tensors(given))]
+    keys, inputs = [s._cdata for s in before], [StorageWeakRef(s) for s in before]
+    with Made() as made:
+        output = run(given)
+    after = [t.untyped_storage() for t in distinct(tensors(output))]
+    ends, outputs = [s._cdata for s in after], [StorageWeakRef(s) for s in after]
+    graph = [t.grad_fn for t in tensors(output)]
+    del given, before, output, after
+    places = [keys.index(key) if key in keys else -1 for key in ends]
+    stays = [(at, not held.expired()) for at, held in zip(places, outputs, strict=True)]
+    result = _Seen(made.alive(ends), [not held.expired() for held in inputs], stays)
+    del graph
+    return result
+
+
+def _waiting(unit: Unit, run: Run, value: Any) -> int:
+    deferral = Deferral(unit.train.modules())
+    with deferral:
+        ends = [t for t in distinct(tensors(run(map_tensors(torch.clone, value)))) if t.requires_grad]
+        if ends:
+            torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
+    storages = [t.untyped_storage() for work in deferral.take() for t in work.kept]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())

@@ -1,0 +1,71 @@
+"""What of each unit is made again in the backward: as the user says, or as measured costs fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipekern.errors import ConfigError
+from pipekern.plan.cost import Layer
+from pipekern.plan.memory import FLOAT32, rank_memory
+from pipekern.plan.recompute import UnitWays, Way, choose_recompute
+from pipekern.runtime.options import Options
+from pipekern.runtime.profile import LayerCosts
+from pipekern.schedule.comms import Program
+from pipekern.stage.recompute import CHOICES
+from pipekern.stage.unit import Unit
+
+_STATES = 4  # a trained weight, its gradient, and two moments of Adam
+
+
+def recomputation(options: Options, stages: Sequence[Sequence[Unit]], program: Program) -> list[list[str]]:
+    """How each unit runs, by stage; one of ``CHOICES``. Raises ``ConfigError``."""
+    if options.recompute != "auto":
+        return [[options.recompute] * len(units) for units in stages]
+    costs = options.split
+    if not isinstance(costs, LayerCosts) or not costs.kept:
+        raise ConfigError(
+            "recompute='auto' chooses by measured bytes and times of each unit: give split=pk.profile(module, x) of "
+            "one micro-batch, or choose 'none', 'selective' or 'full' for all units"
+        )
+    rows: list[list[UnitWays]] = []
+    last: list[int] = []  # unit of each stage
+    for units in stages:
+        first = last[-1] + 1 if last else 0
+        last.append(first + len(units) - 1)
+        rows.append([_ways(costs, unit, unit == first, unit == last[-1]) for unit in range(first, last[-1] + 1)])
+    fixed = _fixed(stages, [costs.outputs[unit] for unit in last], program)
+    return choose_recompute(program.schedule, rows, fixed, _limits(options, program.schedule.ranks))
+
+
+def _limits(options: Options, ranks: int) -> list[float]:
+    memory = options.memory
+    if memory is None:
+        raise ConfigError(
+            "recompute='auto': nothing here tells how much memory is free; give memory=, the bytes that a rank may take"
+        )
+    each = list(memory) if isinstance(memory, Sequence) else [memory] * ranks
+    if len(each) != ranks or not min(each) > 0:
+        raise ConfigError(f"memory={memory}: give the bytes that each rank may take, above 0, or {ranks} numbers")
+    return each
+
+
+def _ways(costs: LayerCosts, unit: int, starts: bool, ends: bool) -> UnitWays:
+    """Those of a unit with which a stage starts, whose input lies in a slot, or ends, whose output is held."""
+    more = costs.ends[unit] if ends else 0.0
+    less = costs.ends[unit - 1] if starts and unit else 0.0  # what nothing but a unit that runs again would hold
+    rows = zip(CHOICES, costs.kept[unit], costs.added[unit], strict=True)
+    return UnitWays([Way(how, kept + more - less * (how != "none"), t) for how, kept, t in rows], costs.waiting[unit])
+
+
+def _fixed(stages: Sequence[Sequence[Unit]], outputs: Sequence[float], program: Program) -> list[float]:
+    """Bytes of a rank besides activations: parameters with all that belongs to them, buffers, and messages."""
+    layers = [[Layer("", 0, 0, 0, output=size)] for size in outputs]
+    rings = [memory.slots for memory in rank_memory(program, layers, FLOAT32)]
+    fixed = []
+    for rank, ring in enumerate(rings):
+        units = [unit for stage in program.schedule.stages_of(rank) for unit in stages[stage]]
+        own = {id(p): p for unit in units for _, p in unit.named_parameters()}
+        buffers = {id(b): b for unit in units for b in unit.train.buffers()}
+        states = sum(p.nbytes * (_STATES if p.requires_grad else 1) for p in own.values())
+        fixed.append(ring + states + sum(b.nbytes for b in buffers.values()))
+    return fixed
