@@ -191,6 +191,14 @@ def build_stages(
             unit.evaluate.to(device)
         first = blueprint.first_unit[index]
         keys = unit_keys(seed, blueprint.schedule.microbatches, range(first, first + len(units)))
-        recompute = blueprint.recompute[index]
-        stages[index] = Stage(index, blueprint.root, units, device, keys, blueprint.schedule.defers, recompute)
+        stages[index] = Stage(
+            index,
+            blueprint.root,
+            units,
+            device,
+            keys,
+            first,
+            blueprint.schedule.defers,
+            blueprint.recompute[index],
+        )
     return stages

@@ -16,9 +16,10 @@ from torch import nn
 
 from pipekern.errors import ConfigError
 from pipekern.runtime.footprint import Run, footprint
+from pipekern.stage.chain import chain
 from pipekern.stage.deferral import Deferral
-from pipekern.stage.random import generator, preserved
-from pipekern.stage.recompute import CHOICES, Recomputed
+from pipekern.stage.random import preserved
+from pipekern.stage.recompute import CHOICES
 from pipekern.stage.spec import LayerSpec
 from pipekern.stage.unit import Unit, cut
 from pipekern.transport.value import distinct, map_tensors, tensors
@@ -75,7 +76,7 @@ def profile(
     units = cut(source, 0, inputs)[1]
     units = [unit.built() for unit in units]
     device = next((p.device for unit in units for _, p in unit.named_parameters()), torch.device("cpu"))
-    ways = [_ways(unit, device) for unit in units]
+    ways = [_ways(unit, index, device) for index, unit in enumerate(units)]
     value, rows, added = x, [], []
     with preserved([device]):
         for unit, runs in zip(units, ways, strict=True):
@@ -100,11 +101,9 @@ def profile(
     )
 
 
-def _ways(unit: Unit, device: torch.device) -> dict[str, Run]:
+def _ways(unit: Unit, index: int, device: torch.device) -> dict[str, Run]:
     """How a unit runs under each of ``CHOICES``."""
-    plain, seed = unit.call(unit.train), generator(device).manual_seed
-    again = {how: partial(Recomputed(plain, unit.train, how, seed), 0) for how in CHOICES if how != "none"}
-    return {"none": plain, **again}
+    return {how: partial(chain([unit], [unit.train], index, device, [how]), [0]) for how in CHOICES}
 
 
 def _median(unit: Unit, run: Run, value: Any, device: torch.device, repeats: int) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from pipekern.runtime import microbatch
 from pipekern.runtime.loss import Loss
 from pipekern.runtime.pipeline import Pipeline
-from pipekern.stage.random import generator, preserved, step_key, unit_keys
+from pipekern.stage.random import generator, mix, preserved, step_key, unit_keys
 from pipekern.stage.unit import Unit
 
 
@@ -127,7 +128,7 @@ def _reference_step(pipe: Pipeline, model: nn.Module, x: Any, y: Any) -> float:
     loss.start(ys, microbatch.sizes(microbatch.batch_size(x, "x"), m))
     for i in range(m):
         reseed.start([key ^ step_key(pipe._seed, pipe._step) for key in keys[i]])
-        output = units[0].call(model)(microbatch.to_device(xs[i], device))
+        output = units[0].spreading(model)(microbatch.to_device(xs[i], device))
         value, weight = loss.forward(i, output, microbatch.to_device(ys[i], device))
         torch.autograd.backward(value, torch.full_like(value, weight))
     verdict = loss.result()
@@ -143,6 +144,11 @@ class _Reseed:
 
     def __init__(self, model: nn.Module, units: list[Unit], device: torch.device):
         self._generator = generator(device)
+        self._skeleton = units[0].skeleton
+        if self._skeleton is not None:
+            for path, unit in self._skeleton.unit.items():
+                model.get_submodule(path).register_forward_pre_hook(functools.partial(self._call, unit))
+            return
         traced = not units[0].prefix  # only a traced model has code before and after its layers
         self._before = traced and units[0].name == "before"
         after = traced and units[-1].name == "after"
@@ -155,8 +161,14 @@ class _Reseed:
     def start(self, keys: list[int]) -> None:
         """Begin a micro-batch."""
         self._keys, self._position = keys, 0
-        if self._before:
+        self._calls = [0] * len(keys)
+        if self._skeleton is None and self._before:
             self._next()
+
+    def _call(self, unit: int, *_: object) -> None:
+        """A unit of a replayed model has a seed a call."""
+        self._calls[unit] += 1
+        self._generator.manual_seed(mix(self._keys[unit], self._calls[unit]))
 
     def _next(self) -> None:
         self._generator.manual_seed(self._keys[self._position])

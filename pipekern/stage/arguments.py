@@ -62,7 +62,12 @@ class Arguments:
         """
         if isinstance(value, tuple) and len(self.given) > 1:
             return self.order(value)
-        if not isinstance(value, dict) or not value or not value.keys() <= {*self.given, *self.optional}:
+        if (
+            not self.several
+            or not isinstance(value, dict)
+            or not value
+            or not value.keys() <= {*self.given, *self.optional}
+        ):
             return [value], {}
         missing = [name for name in self.given if name not in value]
         fixed = [name for name in value if name in self.optional and not _same(value[name], self.optional[name])]

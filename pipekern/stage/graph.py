@@ -17,6 +17,11 @@ from torch import fx, nn
 
 from pipekern.errors import ConfigError
 from pipekern.stage.arguments import Arguments
+from pipekern.stage.state import adopt, layer_list, state
+
+
+class UntraceableError(ConfigError):
+    """The forward does what a trace cannot follow."""
 
 
 class Piece(NamedTuple):
@@ -32,7 +37,7 @@ def cut_graph(root: nn.Module, arguments: Arguments | None = None) -> list[Piece
 
     The first takes what ``arguments`` say is given (if None: what the forward needs), under those names.
     """
-    path, layers = _layer_list(root)
+    path, layers = layer_list(root)
     arguments = arguments or Arguments.of(root)
     modes = {module: module.training for module in root.modules()}
     try:
@@ -59,46 +64,14 @@ def _give_homes(root: nn.Module, pieces: Sequence[Piece]) -> None:
     """
     place: dict[int, Piece] = {}
     for piece in pieces:
-        own = _state(piece.train)
-        _adopt(root, piece.train, [name for name in _state(piece.evaluate) if name not in own])
-        for tensor in _state(piece.train).values():
+        own = state(piece.train)
+        adopt(root, piece.train, [name for name in state(piece.evaluate) if name not in own])
+        for tensor in state(piece.train).values():
             place.setdefault(id(tensor), piece)
-    known = {name for piece in pieces for name in _state(piece.train)}
-    for name, tensor in _state(root).items():
+    known = {name for piece in pieces for name in state(piece.train)}
+    for name, tensor in state(root).items():
         if name not in known:
-            _adopt(root, place.get(id(tensor), pieces[0]).train, [name])
-
-
-def _state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers under every name they have."""
-    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
-
-
-def _adopt(root: nn.Module, into: nn.Module, names: Sequence[str]) -> None:
-    """Hold ``root``'s parameters and buffers ``names`` in ``into`` as well, in modules that do nothing."""
-    for path, _, name in (whole.rpartition(".") for whole in names):
-        source, target = root.get_submodule(path), into
-        for part in path.split(".") if path else ():
-            if part not in target._modules:
-                target.add_module(part, nn.Module())
-            target = target.get_submodule(part)
-        if name in source._parameters:
-            target.register_parameter(name, source._parameters[name])
-        else:
-            target.register_buffer(name, source._buffers[name], name not in source._non_persistent_buffers_set)
-
-
-def _layer_list(root: nn.Module) -> tuple[str, list[str]]:
-    """Path of the longest layer list that is in no other one, and the paths of its layers."""
-    lists = [(name, m) for name, m in root.named_modules() if name and isinstance(m, nn.ModuleList | nn.Sequential)]
-    if not lists:
-        raise ConfigError(
-            f"{type(root).__name__} has no nn.ModuleList or nn.Sequential to cut; hold its layers in one, "
-            "or give an nn.Sequential or a list of pk.LayerSpec"
-        )
-    outer = [(name, m) for name, m in lists if not any(name.startswith(other + ".") for other, _ in lists)]
-    path, layers = max(outer, key=lambda item: len(item[1]))
-    return path, [f"{path}.{name}" for name in layers._modules]
+            adopt(root, place.get(id(tensor), pieces[0]).train, [name])
 
 
 class _Tracer(fx.Tracer):
@@ -118,7 +91,10 @@ class _Tracer(fx.Tracer):
 
         def forward(root: nn.Module, *values: fx.Proxy) -> Any:
             positional, named = self._arguments.order(values)
-            return root_fn(root, *positional, **named)
+            output = root_fn(root, *positional, **named)
+            if isinstance(output, dict) and type(output) is not dict:
+                raise TypeError(f"it returns a {type(output).__name__}, which a trace would make a dict")
+            return output
 
         inputs = [self.create_proxy("placeholder", name, (), {}) for name in self._arguments.given]
         return forward, [self.root, *inputs]
@@ -149,14 +125,14 @@ def _trace(root: nn.Module, path: str, arguments: Arguments) -> fx.Graph:
     try:
         graph = _Tracer(path, arguments).trace(root)
     except Exception as error:
-        raise ConfigError(
+        raise UntraceableError(
             f"the forward of {type(root).__name__} cannot be traced around self.{path}: {error}. Keep branches on "
             "tensor "
             "values inside the layers, or give an nn.Sequential or a list of pk.LayerSpec"
         ) from error
     for node in graph.nodes:
         if node.op == "get_attr" and isinstance(node.target, str) and node.target.startswith("_tensor_constant"):
-            raise ConfigError(
+            raise UntraceableError(
                 f"the forward of {type(root).__name__} makes a tensor from Python values ({node.target}), which a "
                 "trace would "
                 "freeze; register it as a buffer"

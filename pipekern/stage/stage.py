@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
+from pipekern.stage.chain import chain
 from pipekern.stage.deferral import Deferral
-from pipekern.stage.random import generator
-from pipekern.stage.recompute import Recomputed
 from pipekern.stage.unit import Unit
 from pipekern.stage.work import Work
 from pipekern.transport.message import refuse
@@ -29,7 +28,7 @@ class Stash(NamedTuple):
 
 
 class Stage:
-    """The units of stage ``index`` of the model ``root``, on ``device``.
+    """The units of stage ``index`` of the model ``root``, on ``device``; ``first`` is the index of the first of them.
 
     ``root.training`` chooses the units' training code, as it does for the unsplit model. ``keys[microbatch][i]`` seeds
     unit i (see ``random.py``). Values between stages are those of ``transport/message.py``.
@@ -44,6 +43,7 @@ class Stage:
         units: Sequence[Unit],
         device: torch.device,
         keys: list[list[int]],
+        first: int = 0,
         defers: bool = False,
         recompute: Sequence[str] = (),
     ):
@@ -51,12 +51,13 @@ class Stage:
         self._root = root
         self.units = list(units)
         self.device = device
-        self._evaluate = [unit.call(unit.evaluate) for unit in units]
-        runs = [_runner(how, generator(device).manual_seed) for how in recompute or ["none"] * len(units)]
-        self._runs = {
-            True: [run(unit.call(unit.train), unit.train) for run, unit in zip(runs, units, strict=True)],
-            False: [run(c, unit.evaluate) for run, c, unit in zip(runs, self._evaluate, units, strict=True)],
+        again = recompute or ["none"] * len(units)
+        train, evaluate = [unit.train for unit in units], [unit.evaluate for unit in units]
+        self._forward = {
+            True: chain(units, train, first, device, again),
+            False: chain(units, evaluate, first, device, again),
         }
+        self._evaluate = chain(units, evaluate, first, device)
         self._keys = keys
         self._stash: dict[int, Stash] = {}
         self._work: dict[int, list[Work]] = {}
@@ -91,7 +92,8 @@ class Stage:
             value = map_tensors(torch.clone, value)
         try:
             with self._deferring:
-                value = self._run(value, self._keys[microbatch], step_key)
+                keys = [key ^ step_key for key in self._keys[microbatch]]
+                value = self._forward[self._root.training](keys, value)
                 if loss is not None:  # it may go backward on its own through layers that put work off
                     value = loss(value)
         except RuntimeError as error:
@@ -107,16 +109,9 @@ class Stage:
         self._stash[microbatch] = Stash(leaves, _gradient_leaves(value, refuse))
         return value
 
-    def _run(self, value: Any, keys: Sequence[int], step_key: int) -> Any:
-        for run, key in zip(self._runs[self._root.training], keys, strict=True):
-            value = run(key ^ step_key, value)
-        return value
-
     def evaluate(self, value: Any) -> Any:
         """Run the units without random numbers or gradients; the caller holds ``torch.no_grad()``."""
-        for unit in self._evaluate:
-            value = unit(value)
-        return value
+        return self._evaluate(self._keys[0], value)
 
     def backward(self, microbatch: int, gradients: Any) -> Any:
         """Gradients of the forward's leaves, from those of its outputs; both one tensor, or a list, None where there is
@@ -156,25 +151,6 @@ class Stage:
         self._work.clear()
         if self._deferral is not None:
             self._deferral.take()
-
-
-Run = Callable[[int, Any], Any]  # of a seed and a value
-
-
-def _runner(recompute: str, seed: Callable[[int], object]) -> Callable[[Callable[[Any], Any], nn.Module], Run]:
-    """What makes a unit's call, and its module, into one that starts from a seed."""
-
-    def seeded(call: Callable[[Any], Any], module: nn.Module) -> Run:
-        def run(key: int, value: Any) -> Any:
-            seed(key)
-            return call(value)
-
-        return run
-
-    def recomputed(call: Callable[[Any], Any], module: nn.Module) -> Run:
-        return Recomputed(call, module, recompute, seed)
-
-    return seeded if recompute == "none" else recomputed
 
 
 def _own_gradients(fresh: Sequence[nn.Parameter], used: Sequence[torch.Tensor | None]) -> list[nn.Parameter]:

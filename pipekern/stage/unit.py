@@ -11,7 +11,8 @@ from torch import nn
 
 from pipekern.errors import ConfigError
 from pipekern.stage.arguments import Arguments
-from pipekern.stage.graph import cut_graph
+from pipekern.stage.graph import UntraceableError, cut_graph
+from pipekern.stage.skeleton import Skeleton
 from pipekern.stage.spec import LayerSpec
 
 
@@ -29,10 +30,17 @@ class Unit:
     prefix: str = ""
     build: Callable[[], nn.Module] | None = None
     arguments: Arguments | None = None
+    skeleton: Skeleton | None = None
 
     def call(self, module: nn.Module) -> Callable[[Any], Any]:
-        """``module`` (train or evaluate) as a function of one value, which the first unit of a model whose forward has
-        several parameters takes apart; see :meth:`Arguments.spread`.
+        """``module`` (train or evaluate) as a function of the value before it; with a ``skeleton``, of one call of a
+        module: (module, args, kwargs).
+        """
+        return self.spreading(module) if self.skeleton is None else _call
+
+    def spreading(self, module: nn.Module) -> Callable[[Any], Any]:
+        """``module`` as a function of one value, which the first unit of a model whose forward has several parameters
+        takes apart; see :meth:`Arguments.spread`.
         """
         arguments = self.arguments
         if arguments is None or not arguments.several:
@@ -68,7 +76,8 @@ def cut(
 
     ``nn.Sequential`` is cut at its children (nested ones included), a list of specs at its layers, any other module
     at the layers of its longest ``nn.ModuleList`` or ``nn.Sequential``, which its forward must call one after the
-    other; what is before and after them are units of their own. ``inputs`` names the parameters of that forward which
+    other; what is before and after them are units of their own. A forward that cannot be traced is run by every stage
+    (``replay.py``). ``inputs`` names the parameters of that forward which
     a batch gives, by default those without a default. Raises ``ConfigError``.
     """
     if inputs is not None and (isinstance(model, nn.Sequential) or not isinstance(model, nn.Module)):
@@ -82,15 +91,29 @@ def cut(
         root: nn.Module = model
     elif isinstance(model, nn.Module):
         root = model
-        arguments = Arguments.of(model, inputs)
-        units = [Unit(piece.name, piece.train, piece.evaluate) for piece in cut_graph(model, arguments)]
+        units = _around_layers(model, Arguments.of(model, inputs))
         _refuse_hooks(model)
-        units[0] = replace(units[0], arguments=arguments)
     else:
         root, units = _lazy(model, seed)
     if not units:
         raise ConfigError("the model has no layers: there is nothing to cut; give at least one layer a stage")
     return root, units
+
+
+def _around_layers(model: nn.Module, arguments: Arguments) -> list[Unit]:
+    try:
+        units = [Unit(piece.name, piece.train, piece.evaluate) for piece in cut_graph(model, arguments)]
+    except UntraceableError:
+        skeleton = Skeleton.of(model, arguments)
+        named = zip(skeleton.names, skeleton.holders(), strict=True)
+        units = [Unit(name, holder, holder, skeleton=skeleton) for name, holder in named]
+    units[0] = replace(units[0], arguments=arguments)
+    return units
+
+
+def _call(value: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]) -> Any:
+    module, args, kwargs = value
+    return module(*args, **kwargs)
 
 
 def _children(container: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:

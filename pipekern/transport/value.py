@@ -36,24 +36,24 @@ def distinct(found: Iterable[Tensor]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in found}.values())
 
 
-def map_places(change: Callable[[Tensor], Any], value: Any) -> Any:
-    """``value`` with ``change`` called at each place of a tensor, in the order of :func:`tensors`."""
+def map_places(change: Callable[[Any], Any], value: Any, of: type = Tensor) -> Any:
+    """``value`` with ``change`` called at each place of a tensor (or an ``of``), in the order of :func:`tensors`."""
     kind = type(value)
-    if isinstance(value, Tensor):
+    if isinstance(value, of):
         return change(value)
     if kind in PLAIN:
         return value
     if kind is tuple:
-        return tuple([map_places(change, part) for part in value])
+        return tuple([map_places(change, part, of) for part in value])
     if kind is list:
-        return [map_places(change, part) for part in value]
+        return [map_places(change, part, of) for part in value]
     if kind is dict:
-        return {key: map_places(change, part) for key, part in value.items()}
+        return {key: map_places(change, part, of) for key, part in value.items()}
     opened = _open(value)
     if opened is None:
         return value
     parts, close = opened
-    return close([map_places(change, part) for part in parts])
+    return close([map_places(change, part, of) for part in parts])
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -96,7 +96,8 @@ def _open(item: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]] | None:
     if names is not None:
         known = names
         return record.fields(item, known), lambda parts: record.make(kind, known, parts)
-    parts, spec = pytree.tree_flatten(item, is_leaf=lambda part: part is not item)
-    if spec.is_leaf():
+    node = pytree.SUPPORTED_NODES.get(kind)
+    if node is None:
         return None
-    return parts, lambda parts: pytree.tree_unflatten(parts, spec)
+    parts, context = node.flatten_fn(item)  # its own tree_flatten is such a cycle
+    return parts, lambda parts: node.unflatten_fn(parts, context)

@@ -1,0 +1,79 @@
+"""Which tensors of a running forward depend on the model's units, and stand-ins for those that are on other ranks.
+
+A tensor is **late** if a unit made it, if it is the model's own parameter, or if it was computed from a late one. What
+is not late depends on the batch alone, and every stage computes it for itself: masks, positions. Within a stage a late
+tensor of an earlier stage is a ``FakeTensor``, with shape, dtype and device but no data.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+from pipekern.errors import ConfigError
+from pipekern.transport.value import map_places, tensors
+
+_MARK = "_pipekern_late"
+_RANDOM = frozenset(
+    "rand randn randint randperm rand_like randn_like randint_like bernoulli normal multinomial poisson bernoulli_ "
+    "uniform_ normal_ exponential_ random_ dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout "
+    "rrelu gumbel_softmax".split()
+)
+
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def mark(tensor: T) -> T:
+    """The same tensor, late from now on."""
+    if tensor is not None:
+        setattr(tensor, _MARK, True)
+    return tensor
+
+
+def is_late(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor | nn.Parameter) or hasattr(tensor, _MARK)
+
+
+class Tracking(TorchFunctionMode):
+    """Follows late tensors through the operations of a model's own code.
+
+    Until the stage has ``begun``, what runs has run on an earlier stage: a random number would be another one here, and
+    is an error.
+    """
+
+    def __init__(self, begun: bool):
+        super().__init__()
+        self.begun = begun
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}  # the stand-in is kept, so that no other gets its id
+
+    def find(self, tensor: Tensor) -> Tensor:
+        """What is known for a stand-in, else the tensor itself."""
+        return self.known[id(tensor)][1] if id(tensor) in self.known else tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tensors((args, kwargs))
+        if any(isinstance(tensor, FakeTensor) for tensor in given):
+            args, kwargs = map_places(self.find, (args, kwargs))
+            given = tensors((args, kwargs))
+        name = getattr(func, "__name__", "")
+        absent = any(isinstance(tensor, FakeTensor) for tensor in given)
+        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if absent and writes and not isinstance(args[0], FakeTensor):
+            raise ConfigError(
+                f"the model's own forward writes a value of a layer into a tensor by {name}, after a cut that the value "
+                "does not cross; compute a new tensor"
+            )
+        if name in _RANDOM and not absent and not self.begun:
+            raise ConfigError(
+                f"the model's own forward draws random numbers ({name}) that stages would draw apart; draw them in a "
+                "module with state, or on the layers"
+            )
+        out = func(*args, **(kwargs or {}))
+        if any(map(is_late, given)):
+            for tensor in tensors((out, args[0]) if writes else out):
+                mark(tensor)
+        return out

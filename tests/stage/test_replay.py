@@ -1,0 +1,195 @@
+"""Stages of models whose forward cannot be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipekern.errors import ConfigError
+from pipekern.stage.chain import chain
+from pipekern.stage.replay import Crossing, Shape
+from pipekern.stage.unit import Unit, cut
+
+CPU = torch.device("cpu")
+Part = Callable[[Any], Any]
+
+
+def parts(model: nn.Module, *counts: int, inputs: list[str] | None = None) -> Iterator[Part]:
+    """The model as functions of what crosses the cut before them, with so many units each."""
+    units, first = cut(model, 0, inputs)[1], 0
+    assert units[0].skeleton is not None, "the forward was traced"
+    assert len(units) == sum(counts), [unit.name for unit in units]
+    for count in counts:
+        yield part(units[first : first + count], first)
+        first += count
+
+
+def part(units: list[Unit], first: int) -> Part:
+    run = chain(units, [unit.train for unit in units], first, CPU)
+    return lambda value: run([0] * len(units), value)
+
+
+def run(model: nn.Module, value: Any, *counts: int) -> Any:
+    for each in parts(model, *counts):
+        value = each(value)
+    return value
+
+
+class Model(nn.Module):
+    """Embeds, runs layers with a mask made of the batch's own length and values, and reads out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 4)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.head = nn.Linear(4, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        if bool((ids == 0).any()):  # looks at values
+            hidden = hidden * 0.5
+        mask = torch.ones(len(ids[0]), len(ids[0]), dtype=torch.bool, device=hidden.device).tril()
+        for layer in self.layers:
+            hidden = layer(hidden, mask=mask)
+        return self.head(hidden)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        weight = mask.to(x.dtype)
+        return x + torch.tanh(self.mix((weight / weight.sum(1, keepdim=True)) @ x))
+
+
+def test_golden() -> None:
+    """Over a cut go the batch, the shapes of what was made, and what the next call takes; the mask is made anew."""
+    model, ids = Model().double(), torch.tensor([[1, 2, 3]])
+    front, back = parts(model, 2, 3)
+    crossing = front(ids)
+    assert crossing.batch is ids
+    assert crossing.calls == [("embed", Shape((1, 3, 4), "float64")), ("layers.0", Shape((1, 3, 4), "float64"))]
+    assert crossing.following == "layers.1"
+    (hidden,) = crossing.late
+    mask = torch.ones(3, 3, dtype=torch.bool).tril()
+    assert torch.equal(hidden, model.layers[0](model.embed(ids), mask))
+    assert torch.equal(back(crossing), model(ids))
+
+
+@pytest.mark.parametrize("counts", [(5,), (1, 4), (2, 2, 1), (1, 1, 1, 1, 1)])
+def test_any_cut_is_the_same_to_the_bit_with_its_gradients(counts: tuple[int, ...]) -> None:
+    model = Model().double()
+    for shape in ((2, 3), (1, 6), (4, 1)):
+        ids = torch.randint(11, shape)
+        wanted = torch.autograd.grad(model(ids).square().sum(), model.parameters())
+        got = run(model, ids, *counts)
+        assert torch.equal(got, model(ids))
+        gradients = torch.autograd.grad(got.square().sum(), model.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+
+
+class Around(Model):
+    """A forward given by ``body``, of (model, ids), that a trace refuses."""
+
+    def __init__(self, body: Callable[[Around, Tensor], Any]) -> None:
+        super().__init__()
+        self.body = body
+        self.scale = nn.Parameter(torch.rand(4))
+        self.register_buffer("table", torch.rand(4))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, ids: Tensor) -> Any:
+        assert len(ids) > 0  # no trace follows that
+        return self.body(self, ids)
+
+
+def _through(model: Around, hidden: Tensor) -> Tensor:
+    mask = torch.ones(hidden.shape[1], hidden.shape[1]).tril()
+    for layer in model.layers:
+        hidden = layer(hidden, mask=mask)
+    return hidden
+
+
+def _own_parameter(model: Around, ids: Tensor) -> Any:
+    """A value of the model's own parameter and buffer goes into every layer, as a mask."""
+    bias = (model.scale + model.table).mean() + torch.ones(ids.shape[1], ids.shape[1])
+    hidden = model.embed(ids)
+    for layer in model.layers:
+        hidden = layer(hidden, mask=bias)
+    return {"logits": model.head(hidden)}
+
+
+def _tuple(model: Around, ids: Tensor) -> Any:
+    """A value that an earlier layer made goes past layers, with those after it."""
+    first = hidden = model.embed(ids)
+    mask = torch.ones(ids.shape[1], ids.shape[1]).tril()
+    for layer in model.layers:
+        hidden = layer(*(hidden + first, mask))
+    return model.head(hidden)
+
+
+@pytest.mark.parametrize("body", [_own_parameter, lambda model, ids: model.head(_through(model, model.embed(ids)))])
+@pytest.mark.parametrize("counts", [(5,), (1, 4), (2, 2, 1), (1, 1, 1, 1, 1)])
+def test_what_a_forward_does_around_its_layers(body: Callable[[Around, Tensor], Any], counts: tuple[int, ...]) -> None:
+    model, ids = Around(body).double(), torch.randint(11, (2, 3))
+    got, wanted = run(model, ids, *counts), model(ids)
+    assert torch.equal(*(one["logits"] if isinstance(one, dict) else one for one in (got, wanted)))
+
+
+def test_names_and_units() -> None:
+    model = Around(_own_parameter)
+    units = cut(model, 0)[1]
+    assert [unit.name for unit in units] == ["before", "layers.0", "layers.1", "layers.2", "after"]
+    assert {name for unit in units for name in unit.state()} == set(model.state_dict())
+    assert {name for name, _ in units[0].named_parameters()} == {"embed.weight", "scale"}
+
+
+def _writes(model: Around, ids: Tensor) -> Any:
+    into = torch.zeros(ids.shape[1], ids.shape[1], dtype=torch.float64)
+    hidden = model.embed(ids)
+    into[0, 0] = hidden.mean()
+    for layer in model.layers:
+        hidden = layer(hidden, mask=into + 1)
+    return model.head(hidden)
+
+
+def _skips(model: Around, ids: Tensor) -> Any:
+    first = model.embed(ids)
+    return model.head(_through(model, first)) + first.mean()
+
+
+def _draws(model: Around, ids: Tensor) -> Any:
+    model.embed(ids)
+    return model.head(_through(model, model.embed(ids) + torch.rand(())))
+
+
+def _looks(model: Around, ids: Tensor) -> Any:
+    hidden = model.embed(ids)
+    return model.head(_through(model, -hidden if bool(hidden.mean() > 0) else hidden))
+
+
+def _ends_early(model: Around, ids: Tensor) -> Any:
+    return _through(model, model.embed(ids))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (_writes, "writes a value of a layer into a tensor by __setitem__"),
+        (_skips, "holds a value that an earlier stage made"),
+        (_draws, r"draws random numbers \(rand\)"),
+        (_looks, "looks into a value of an earlier stage"),
+        (_ends_early, "ended without a call of after"),
+    ],
+)
+def test_what_no_cut_can_follow_is_refused(body: Callable[[Around, Tensor], Any], said: str) -> None:
+    model, ids = Around(body).double(), torch.randint(11, (2, 3))
+    counts = {_ends_early: (4, 1), _skips: (2, 3)}.get(body, (1, 4))
+    with pytest.raises(ConfigError, match=said):
+        run(model, ids, *counts)
