@@ -173,12 +173,13 @@ class Generator:
             group.add(self._star.receive(tag))
 
     def _pick(self, group: Group, number: int, given: int) -> None:
-        logits = self._batch.outputs.pop()
+        output = self._batch.outputs.pop()
+        logits = getattr(output, "logits", output)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or logits.shape[:2] != (len(group.prompts), given):
             what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise ConfigError(
                 f"the model made {what} of tokens ({len(group.prompts)}, {given}); to generate text it must return "
-                "logits (prompts, length, vocabulary)"
+                "logits (prompts, length, vocabulary), or something with such ``logits``"
             )
         tokens = self._sampling.pick(logits[:, -1], group.prompts, number)
         group.add(tokens)

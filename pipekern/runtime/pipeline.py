@@ -175,10 +175,10 @@ class Pipeline:
         likely token, as the unsplit model does; above it draws one, of the ``top_k`` most likely and of those that sum
         to ``top_p``, by ``seed``, prompt and token alone, whatever the ranks are (up to rounding of logits).
 
-        The model takes tokens to logits (prompts, length, vocabulary), in evaluation mode. All tokens run again for
-        each new one, unless a layer's forward has a parameter ``cache`` (see ``pk.Cache``): then the new one runs
-        alone, and every module that looks at positions must take one. Nothing that training owns changes. Raises
-        ``ConfigError``, and ``NumericsError`` for logits that are not finite.
+        The model takes tokens to logits (prompts, length, vocabulary), or to what has such ``logits``, in evaluation
+        mode. All tokens run again for each new one, unless a layer's forward has a parameter ``cache`` (see
+        ``pk.Cache``): then the new one runs alone, and every module that looks at positions must take one. Nothing that
+        training owns changes. Raises ``ConfigError``, and ``NumericsError`` for logits that are not finite.
         """
         parts = self._parts
         with self._running(parts.generator.where), torch.no_grad(), parts.evaluating(), preserved(parts.devices):

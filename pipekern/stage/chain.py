@@ -27,7 +27,8 @@ def chain(
 ) -> Forward:
     """``units``, the first of them unit ``first`` of the model, as one function of their seeds and a value.
 
-    ``modules`` are what they run, in training or in evaluation. ``recompute`` says of each what is made again in a backward; None: nothing, and random numbers come as they are.
+    ``modules`` are what they run, in training or in evaluation. ``recompute`` says of each unit what is made again in a
+    backward; None: nothing, and random numbers come as they are.
     """
     calls = [unit.call(module) for unit, module in zip(units, modules, strict=True)]
     if recompute is None:

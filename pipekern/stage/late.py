@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
@@ -18,11 +17,11 @@ from pipekern.errors import ConfigError
 from pipekern.transport.value import map_places, tensors
 
 _MARK = "_pipekern_late"
-_RANDOM = frozenset(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli normal multinomial poisson bernoulli_ "
-    "uniform_ normal_ exponential_ random_ dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout "
-    "rrelu gumbel_softmax".split()
-)
+_RANDOM = frozenset({
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
+    "multinomial", "poisson", "bernoulli_", "uniform_", "normal_", "exponential_", "random_", "rrelu", "dropout",
+    "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "gumbel_softmax",
+})  # fmt: skip
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -64,8 +63,8 @@ class Tracking(TorchFunctionMode):
         writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         if absent and writes and not isinstance(args[0], FakeTensor):
             raise ConfigError(
-                f"the model's own forward writes a value of a layer into a tensor by {name}, after a cut that the value "
-                "does not cross; compute a new tensor"
+                f"the model's own forward writes a value of a layer into a tensor by {name}, and on a later stage that "
+                "value is not there; compute a new tensor"
             )
         if name in _RANDOM and not absent and not self.begun:
             raise ConfigError(

@@ -37,21 +37,6 @@ class Shared(nn.Module):
         return x
 
 
-class Branching(nn.Module):
-    """Its forward looks at what is in a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            x = -x
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class Listless(nn.Module):
     """No layer list."""
 
@@ -107,7 +92,6 @@ BAD = [
     ("transport", _net(), {"transport": "smh"}, ["'smh'", "'shm'"]),
     ("devices", _net(), {"devices": ["cpu"] * 3}, ["3 entries", "2 ranks"]),
     ("shared state", Shared(), {}, ["BatchNorm1d", "stages 0 and 1", "layers.0.1"]),
-    ("branch on a value", Branching(), {}, ["Branching", "traced", "layers"]),
     ("no layer list", Listless(), {}, ["Listless", "nn.ModuleList"]),
     ("list that is not called", Uncalled(), {}, ["Uncalled", "layers"]),
     ("hooks on the whole", _hooked(), {}, ["hooks", "layers"]),

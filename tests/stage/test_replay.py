@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipekern.errors import ConfigError
 from pipekern.stage.chain import chain
-from pipekern.stage.replay import Crossing, Shape
+from pipekern.stage.replay import Shape
 from pipekern.stage.unit import Unit, cut
 
 CPU = torch.device("cpu")
@@ -87,15 +87,18 @@ def test_any_cut_is_the_same_to_the_bit_with_its_gradients(counts: tuple[int, ..
     model = Model().double()
     for shape in ((2, 3), (1, 6), (4, 1)):
         ids = torch.randint(11, shape)
-        wanted = torch.autograd.grad(model(ids).square().sum(), model.parameters())
+        parameters = list(model.parameters())
+        wanted = torch.autograd.grad(model(ids).square().sum(), parameters)
         got = run(model, ids, *counts)
         assert torch.equal(got, model(ids))
-        gradients = torch.autograd.grad(got.square().sum(), model.parameters())
+        gradients = torch.autograd.grad(got.square().sum(), parameters)
         assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
 
 
 class Around(Model):
     """A forward given by ``body``, of (model, ids), that a trace refuses."""
+
+    table: Tensor
 
     def __init__(self, body: Callable[[Around, Tensor], Any]) -> None:
         super().__init__()
@@ -123,15 +126,6 @@ def _own_parameter(model: Around, ids: Tensor) -> Any:
     for layer in model.layers:
         hidden = layer(hidden, mask=bias)
     return {"logits": model.head(hidden)}
-
-
-def _tuple(model: Around, ids: Tensor) -> Any:
-    """A value that an earlier layer made goes past layers, with those after it."""
-    first = hidden = model.embed(ids)
-    mask = torch.ones(ids.shape[1], ids.shape[1]).tril()
-    for layer in model.layers:
-        hidden = layer(*(hidden + first, mask))
-    return model.head(hidden)
 
 
 @pytest.mark.parametrize("body", [_own_parameter, lambda model, ids: model.head(_through(model, model.embed(ids)))])
@@ -190,6 +184,6 @@ def _ends_early(model: Around, ids: Tensor) -> Any:
 )
 def test_what_no_cut_can_follow_is_refused(body: Callable[[Around, Tensor], Any], said: str) -> None:
     model, ids = Around(body).double(), torch.randint(11, (2, 3))
-    counts = {_ends_early: (4, 1), _skips: (2, 3)}.get(body, (1, 4))
+    counts = (4, 1) if body is _ends_early else (2, 3) if body is _skips else (1, 4)
     with pytest.raises(ConfigError, match=said):
         run(model, ids, *counts)
