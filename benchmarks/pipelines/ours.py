@@ -48,9 +48,10 @@ class Ours:
 
 
 def contenders() -> list[Contender]:
-    """Schedules that the runtime executes, interleaved with 2 and 4 chunks a rank."""
+    """Schedules that the runtime executes, interleaved ones with 2 and 4 chunks a rank."""
     grid = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-h2", 1)]
     grid += [("interleaved-1f1b", 2), ("interleaved-1f1b", 4), ("looped-bfs", 2), ("zb-v", 2), ("v-half", 2)]
+    grid += [("zb-interleaved", 2), ("zb-interleaved", 4)]
     return [
         Contender("pipekern", name if chunks == 1 else f"{name} ×{chunks}", RANKS * chunks, partial(Ours, name, chunks))
         for name, chunks in grid

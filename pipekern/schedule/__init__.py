@@ -17,6 +17,7 @@ from pipekern.schedule import (  # noqa: F401  a generator registers its schedul
     v_min,
     zb_h1,
     zb_h2,
+    zb_interleaved,
     zb_v,
 )
 from pipekern.schedule.comms import Instruction, Program, program

@@ -67,7 +67,7 @@ def test_zigzag() -> None:
     ("name", "sizes", "message"),
     [
         ("1f1", {}, r"schedule='1f1' is not known; nearest: 1f1b"),
-        ("interleaved", {}, "nearest: interleaved-1f1b"),
+        ("interleaved", {}, "nearest: zb-interleaved, interleaved-1f1b"),
         ("gpipe", {"ranks": 0}, "ranks=0: gpipe needs at least 1; nearest ranks=1"),
         ("gpipe", {"microbatches": 0}, "microbatches=0: gpipe needs at least 1; nearest microbatches=1"),
         ("1f1b", {"chunks": 2}, "chunks=2: 1f1b needs exactly 1 a rank; nearest chunks=1"),

@@ -31,8 +31,10 @@ const multiple = (what, unit, why) => (grid) => {
 
 const evenRanks = multiple("ranks", () => 2, "an even number of ranks");
 const evenMicrobatches = multiple("microbatches", () => 2, "an even number of micro-batches");
+const multipleOfRanks = multiple("microbatches", ({ ranks }) => ranks, "a multiple of the ranks");
 const limits = {
-  "interleaved-1f1b": [multiple("microbatches", ({ ranks }) => ranks, "a multiple of the ranks")],
+  "interleaved-1f1b": [multipleOfRanks],
+  "zb-interleaved": [multipleOfRanks],
   "zb-h2": [atLeast("memory", ({ ranks, microbatches }) => Math.min(ranks, microbatches))],
   dualpipe: [evenRanks, evenMicrobatches, atLeast("microbatches", ({ ranks }) => 2 * ranks)],
   dualpipev: [atLeast("microbatches", ({ ranks }) => 2 * ranks)],
@@ -72,6 +74,8 @@ const rules = {
       const warmUp = Math.min(2 * (ranks - rank - 1), held - rank - 1);
       return zeroBubble(rank, microbatches, warmUp, held - 1 - warmUp);
     }),
+
+  "zb-interleaved": (grid) => weave(rules["interleaved-1f1b"](grid)),
 
   // With fewer than 2p - 1 micro-batches, the rows of 2p - 1 without the surplus.
   "zb-v": (grid) =>
@@ -149,6 +153,39 @@ function zeroBubble(rank, microbatches, warmUp, lag) {
     ),
     ...late.map((microbatch) => action("W", rank, microbatch)),
   ];
+}
+
+// The rows with every BW as a B, and its W where the rank would wait, or where one more forward would hold too much.
+function weave(rows) {
+  const last = Math.max(...rows.flat().map(({ stage }) => stage));
+  const key = ({ op, stage, microbatch }) => `${op[0]} ${stage} ${microbatch}`;
+  const peak = (row) => {
+    let held = 0;
+    return Math.max(...row.map(({ op }) => (held += op === "F" ? 1 : -1)));
+  };
+  const limit = Math.max(...rows.map(peak));
+  const ranks = rows.map((row) => ({ row, at: 0, late: [], held: 0, woven: [] }));
+  const done = new Set();
+  const ready = ({ op, stage, microbatch }) =>
+    op === "F"
+      ? stage === 0 || done.has(key(action("F", stage - 1, microbatch)))
+      : done.has(key(action("F", stage, microbatch))) &&
+        (stage === last || done.has(key(action("B", stage + 1, microbatch))));
+  while (ranks.some(({ row, at, late }) => at < row.length || late.length)) {
+    const taken = ranks.flatMap((rank) => {
+      const next = rank.row[rank.at];
+      const goes = next && ready(next) && (next.op !== "F" || rank.held < limit || !rank.late.length);
+      const one = goes ? action(next.op[0], next.stage, next.microbatch) : rank.late.shift();
+      if (!one) return [];
+      if (goes) rank.at += 1;
+      if (one.op === "B") rank.late.push(action("W", one.stage, one.microbatch));
+      rank.held += { F: 1, B: 0, W: -1 }[one.op];
+      rank.woven.push(one);
+      return [one];
+    });
+    taken.forEach((one) => done.add(key(one)));
+  }
+  return ranks.map(({ woven }) => woven);
 }
 
 // A token is an action without its micro-batch, or a pair of them: each operation of a stage takes the micro-batches in
