@@ -9,6 +9,7 @@ import torch
 import pipekern as pk
 from benchmarks.pipelines.case import Case
 from benchmarks.pipelines.contender import Contender
+from pipekern.trace.timeline import Timeline
 
 RANKS = 2
 
@@ -35,10 +36,18 @@ class Ours:
         """Forward and backward."""
         return self._pipe.train_step(self._case.x, self._case.y)
 
-    def step(self) -> None:
-        self.train()
+    def update(self) -> None:
+        """Optimizer step, gradients cleared."""
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def step(self) -> None:
+        self.train()
+        self.update()
+
+    def timeline(self) -> Timeline:
+        """Of the last step; collective."""
+        return self._pipe.timeline()
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach() for name, p in self._pipe.named_parameters()}

@@ -10,7 +10,7 @@ Bubble (p - 1)(F + B + W) / v a rank with v chunks, peak (vp + p - 1) / v activa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from pipekern.schedule.ir import Action
 from pipekern.schedule.one_f_one_b import warm_up_pairs_drain
@@ -19,7 +19,7 @@ from pipekern.schedule.rules import multiple
 
 
 @register("interleaved-1f1b", chunks=MANY_CHUNKS)
-def interleaved(grid: Grid) -> Iterator[Iterable[Action]]:
+def interleaved(grid: Grid) -> Iterator[list[Action]]:
     """The rows of all ranks: the ``k``-th forward runs chunk ``k // p mod v``, in groups of ``p`` micro-batches."""
     ranks, microbatches, chunks, _ = grid
     multiple("interleaved-1f1b", "microbatches", microbatches, ranks, "ranks")
@@ -27,7 +27,7 @@ def interleaved(grid: Grid) -> Iterator[Iterable[Action]]:
         turns = [_turn(k, ranks, chunks) for k in range(microbatches * chunks)]
         forwards = [Action("F", chunk * ranks + rank, microbatch) for chunk, microbatch in turns]
         backwards = [Action("BW", (chunks - 1 - chunk) * ranks + rank, microbatch) for chunk, microbatch in turns]
-        yield warm_up_pairs_drain(forwards, backwards, 2 * (ranks - rank - 1) + (chunks - 1) * ranks)
+        yield [*warm_up_pairs_drain(forwards, backwards, 2 * (ranks - rank - 1) + (chunks - 1) * ranks)]
 
 
 def _turn(k: int, ranks: int, chunks: int) -> tuple[int, int]:

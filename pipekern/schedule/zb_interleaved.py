@@ -20,4 +20,4 @@ from pipekern.schedule.weave import weave
 @register("zb-interleaved", chunks=MANY_CHUNKS)
 def zb_interleaved(grid: Grid) -> list[list[Action]]:
     """The rows of all ranks: those of interleaved 1F1B, woven."""
-    return weave([list(row) for row in interleaved(grid)])
+    return weave(list(interleaved(grid)))

@@ -218,6 +218,18 @@ def _norms(ranks: int, seed: int, x: Tensor, y: Tensor) -> tuple[list[Tensor], d
         return norms, gradients(pipe)
 
 
+def test_a_bfloat16_value_into_a_float32_stage_names_stage_and_dtypes() -> None:
+    """Nothing is cast on the way or taken for what it is not."""
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16), nn.Linear(4, 4))
+    with (
+        pk.Pipeline(model, loss_fn=F.mse_loss, microbatches=2, ranks=2) as pipe,
+        pytest.raises(RuntimeError, match="BFloat16 and Float") as error,
+    ):
+        pipe.train_step(torch.randn(4, 4, dtype=torch.bfloat16), torch.randn(4, 4))
+    if hasattr(error.value, "__notes__"):  # Python 3.10 has none
+        assert "stage 1, micro-batch 0" in " ".join(error.value.__notes__)
+
+
 @PLACES
 def test_one_norm_over_all_stages(processes: bool, seed: int) -> None:
     """Equal to torch's over the whole model, on every rank, in the same bits for any number of stages."""
