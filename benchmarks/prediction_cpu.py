@@ -5,8 +5,8 @@
 Two ranks of one thread, each pinned to a core; the GPT of pipeline_cpu.py at dim 256. Schedules take turns in shuffled
 rounds. A step is `train_step`, from a barrier until every rank has ended it. The costs that the simulation is given are
 the medians of each stage's F and B and W (or BW) in the same step. ``backward_ms`` is what one micro-batch's backwards
-take in all stages together; ``split_over_fused`` is its ratio, round by round, to that of the schedule with as many stages
-whose backward is whole.
+take in all stages together; ``split_over_fused`` is its ratio, round by round, to that of the schedule with as many
+stages whose backward is whole.
 """
 
 from __future__ import annotations

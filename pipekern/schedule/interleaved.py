@@ -10,8 +10,6 @@ Bubble (p - 1)(F + B + W) / v a rank with v chunks, peak (vp + p - 1) / v activa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from pipekern.schedule.ir import Action
 from pipekern.schedule.one_f_one_b import warm_up_pairs_drain
 from pipekern.schedule.registry import MANY_CHUNKS, Grid, register
@@ -19,15 +17,19 @@ from pipekern.schedule.rules import multiple
 
 
 @register("interleaved-1f1b", chunks=MANY_CHUNKS)
-def interleaved(grid: Grid) -> Iterator[list[Action]]:
+def interleaved(grid: Grid) -> list[list[Action]]:
     """The rows of all ranks: the ``k``-th forward runs chunk ``k // p mod v``, in groups of ``p`` micro-batches."""
+    multiple("interleaved-1f1b", "microbatches", grid.microbatches, grid.ranks, "ranks")
+    return [interleaved_row(rank, grid) for rank in range(grid.ranks)]
+
+
+def interleaved_row(rank: int, grid: Grid) -> list[Action]:
+    """The row of one rank."""
     ranks, microbatches, chunks, _ = grid
-    multiple("interleaved-1f1b", "microbatches", microbatches, ranks, "ranks")
-    for rank in range(ranks):
-        turns = [_turn(k, ranks, chunks) for k in range(microbatches * chunks)]
-        forwards = [Action("F", chunk * ranks + rank, microbatch) for chunk, microbatch in turns]
-        backwards = [Action("BW", (chunks - 1 - chunk) * ranks + rank, microbatch) for chunk, microbatch in turns]
-        yield [*warm_up_pairs_drain(forwards, backwards, 2 * (ranks - rank - 1) + (chunks - 1) * ranks)]
+    turns = [_turn(k, ranks, chunks) for k in range(microbatches * chunks)]
+    forwards = [Action("F", chunk * ranks + rank, microbatch) for chunk, microbatch in turns]
+    backwards = [Action("BW", (chunks - 1 - chunk) * ranks + rank, microbatch) for chunk, microbatch in turns]
+    return [*warm_up_pairs_drain(forwards, backwards, 2 * (ranks - rank - 1) + (chunks - 1) * ranks)]
 
 
 def _turn(k: int, ranks: int, chunks: int) -> tuple[int, int]:

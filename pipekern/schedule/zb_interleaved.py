@@ -11,13 +11,15 @@ a third of interleaved 1F1B's; the peak is that of its fullest rank, (vp + p - 1
 
 from __future__ import annotations
 
-from pipekern.schedule.interleaved import interleaved
+from pipekern.schedule.interleaved import interleaved_row
 from pipekern.schedule.ir import Action
 from pipekern.schedule.registry import MANY_CHUNKS, Grid, register
+from pipekern.schedule.rules import multiple
 from pipekern.schedule.weave import weave
 
 
 @register("zb-interleaved", chunks=MANY_CHUNKS)
 def zb_interleaved(grid: Grid) -> list[list[Action]]:
     """The rows of all ranks: those of interleaved 1F1B, woven."""
-    return weave(list(interleaved(grid)))
+    multiple("zb-interleaved", "microbatches", grid.microbatches, grid.ranks, "ranks")
+    return weave([interleaved_row(rank, grid) for rank in range(grid.ranks)])
