@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,10 +65,9 @@ class Assembly:
         self.ties = Ties(rank, blueprint.ties, self.parameters, self.outgoing, senders, receivers)
         self._held = {schedule.stage_rank[index]: Held() for index in stages}
         self._runners = {index: self._runner(stage) for index, stage in stages.items()}
-        for index, runner in self._runners.items():
-            after = schedule.next_stage(index)
-            if after is not None and schedule.stage_rank[after] == schedule.stage_rank[index]:
-                runner.next, self._runners[after].previous = self._runners[after], runner
+        for a, b in [*pairwise(range(schedule.stages)), *blueprint.direct]:
+            if schedule.stage_rank[a] == schedule.stage_rank[b] and a in self._runners:
+                self._runners[a].near[b], self._runners[b].near[a] = self._runners[b], self._runners[a]
         self.train = Executor(self._runners, blueprint.train, rank, _TRAIN, self.outgoing, self._publish)
         self.evaluate = Executor(self._runners, blueprint.evaluate, rank, _EVALUATE, self.outgoing, self._publish)
         layers = [m for units in blueprint.stages for unit in units for m in unit.evaluate.modules()]
@@ -75,17 +75,16 @@ class Assembly:
         self._verdict: Verdict | None = None
 
     def _runner(self, stage: Stage) -> Runner:
-        schedule, index = self.blueprint.schedule, stage.index
-        before, after = schedule.previous_stage(index), schedule.next_stage(index)
+        blueprint, index = self.blueprint, stage.index
+        edges = blueprint.slots()
         ends = Ends(
-            self.receivers.get(f"{before}>{index}"),
-            self.senders.get(f"{index}>{after}"),
-            self.receivers.get(f"{after}>{index}"),
-            self.senders.get(f"{index}>{before}"),
+            {a: self.receivers[f"{a}>{b}"] for a, b in edges if b == index},
+            {b: self.senders[f"{a}>{b}"] for a, b in edges if a == index},
         )
-        return Runner(
-            stage, ends, self.outgoing, self.loss if after is None else None, self._held[schedule.stage_rank[index]]
-        )
+        direct = {b: names for (a, b), names in blueprint.direct.items() if a == index}
+        last = index == blueprint.schedule.stages - 1
+        held = self._held[blueprint.schedule.stage_rank[index]]
+        return Runner(stage, direct, ends, self.outgoing, self.loss if last else None, held)
 
     def _publish(self, batch: Batch) -> None:
         self._verdict = self.loss.result()

@@ -47,7 +47,10 @@ class Executor:
         self.times: list[int] = []
         self._runners = list(runners.values())
         self._outgoing = outgoing
-        self._steps = [(getattr(runners[i.stage], methods[i.op]), i.microbatch) for _, i in self.placed]
+        self._steps = [
+            (getattr(runners[i.stage], methods[i.op]), (i.microbatch,) if i.peer < 0 else (i.microbatch, i.peer))
+            for _, i in self.placed
+        ]
         self._after_last_loss = after_last_loss
         scored = [k for k, (_, i) in enumerate(self.placed) if i.op == "F" and runners[i.stage].scores]
         self._last_loss = scored[-1] if scored else -1
@@ -58,8 +61,8 @@ class Executor:
         times = self.times = [now()]
         for runner in self._runners:
             runner.begin(batch)
-        for method, microbatch in self._steps:
-            method(microbatch)
+        for method, arguments in self._steps:
+            method(*arguments)
             if outgoing.queued:
                 outgoing.flush()
             if len(times) - 1 == self._last_loss:

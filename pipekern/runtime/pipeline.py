@@ -22,6 +22,7 @@ from pipekern.runtime.options import Options, Split
 from pipekern.runtime.parameters import StageParameters, load
 from pipekern.runtime.prompts import Ids, join, prepare
 from pipekern.runtime.sampling import Sampling
+from pipekern.runtime.skips import Hop
 from pipekern.runtime.start import start
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.random import preserved, step_key
@@ -75,22 +76,10 @@ class Pipeline:
     ):
         self._parts = start(
             Options(
-                module,
-                loss_fn,
-                microbatches,
-                ranks,
-                devices,
-                chunks,
-                schedule,
-                split,
-                recompute,
-                on_nonfinite,
-                seed,
-                transport,
-                timeout,
-                inputs,
+                module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
+                transport, timeout, inputs,
             )
-        )
+        )  # fmt: skip
         self._on_nonfinite = on_nonfinite
         self._seed = seed
         self._step = 0
@@ -271,6 +260,11 @@ class Pipeline:
         return total
 
     # -- what happened
+
+    @property
+    def skips(self) -> tuple[Hop, ...]:
+        """How what is saved by ``pk.Skip`` goes from stage to stage: relayed or directly, see ``Hop``."""
+        return self._parts.blueprint.skips
 
     def timeline(self) -> Timeline:
         """What every rank did in the last step, in microseconds from the first rank's start; collective.

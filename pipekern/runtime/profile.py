@@ -16,6 +16,7 @@ from torch import nn
 from pipekern.errors import ConfigError
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.random import preserved
+from pipekern.stage.skip import Carried
 from pipekern.stage.spec import LayerSpec
 from pipekern.stage.unit import Unit, cut
 from pipekern.transport.value import distinct, map_tensors, tensors
@@ -23,12 +24,16 @@ from pipekern.transport.value import distinct, map_tensors, tensors
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Microseconds of one micro-batch a unit: ``forward``, ``backward``, and ``weight``, what can be put off of it."""
+    """Microseconds of one micro-batch a unit: ``forward``, ``backward``, and ``weight``, what can be put off of it.
+
+    ``copy`` is what a copy of the unit's output takes; empty where it is not known.
+    """
 
     names: tuple[str, ...]
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     weight: tuple[float, ...]
+    copy: tuple[float, ...] = ()
 
     @classmethod
     def given(cls, costs: Sequence[float]) -> LayerCosts:
@@ -65,7 +70,7 @@ def profile(
     return LayerCosts(tuple(unit.name for unit in units), *map(tuple, zip(*rows, strict=True)))
 
 
-def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float, float]:
+def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, ...]:
     value, deferral = _copied(value), Deferral(unit.train.modules())
     with deferral:
         clock = [_now(device)]
@@ -78,8 +83,10 @@ def _time(unit: Unit, value: Any, device: torch.device) -> tuple[float, float, f
     for work in deferral.take():
         work()
     clock.append(_now(device))
-    forward, backward, weight = ((end - start) / 1e3 for start, end in pairwise(clock))
-    return forward, backward, weight
+    with torch.no_grad():
+        _copied(output.value if isinstance(output, Carried) else output)
+    clock.append(_now(device))
+    return tuple((end - start) / 1e3 for start, end in pairwise(clock))
 
 
 def _copied(value: Any) -> Any:

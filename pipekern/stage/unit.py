@@ -12,6 +12,7 @@ from torch import nn
 from pipekern.errors import ConfigError
 from pipekern.stage.arguments import Arguments
 from pipekern.stage.graph import cut_graph
+from pipekern.stage.skip import Skip, carrying, needed_after
 from pipekern.stage.spec import LayerSpec
 
 
@@ -21,6 +22,7 @@ class Unit:
 
     They are one module, or two traces of the same code where that code looks at ``self.training``. ``prefix`` is put
     before the parameters' names to give those of the whole model. ``build`` makes a lazy unit real.
+    ``needed``: in a model with skips, the names that are joined after this unit.
     """
 
     name: str
@@ -29,11 +31,14 @@ class Unit:
     prefix: str = ""
     build: Callable[[], nn.Module] | None = None
     arguments: Arguments | None = None
+    needed: frozenset[str] | None = None
 
     def call(self, module: nn.Module) -> Callable[[Any], Any]:
         """``module`` (train or evaluate) as a function of one value, which the first unit of a model whose forward has
         several parameters takes apart; see :meth:`Arguments.spread`.
         """
+        if self.needed is not None:
+            return carrying(module, self.needed)
         arguments = self.arguments
         if arguments is None or not arguments.several:
             return module
@@ -78,7 +83,7 @@ def cut(
         )
     if isinstance(model, nn.Sequential):
         _refuse_hooks(model)
-        units = [Unit(name, layer, layer, f"{name}.") for name, layer in _children(model, "")]
+        units = _with_skips([Unit(name, layer, layer, f"{name}.") for name, layer in _children(model, "")], model)
         root: nn.Module = model
     elif isinstance(model, nn.Module):
         root = model
@@ -88,6 +93,7 @@ def cut(
         units[0] = replace(units[0], arguments=arguments)
     else:
         root, units = _lazy(model, seed)
+        units = _with_skips(units, model)
     if not units:
         raise ConfigError("the model has no layers: there is nothing to cut; give at least one layer a stage")
     return root, units
@@ -100,6 +106,18 @@ def _children(container: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.M
             yield from _children(child, f"{prefix}{name}.")
         else:
             yield prefix + name, child
+
+
+def _with_skips(units: list[Unit], model: nn.Sequential | Sequence[LayerSpec]) -> list[Unit]:
+    needed = needed_after([(unit.name, unit.train) for unit in units])
+    if needed is None:
+        return units
+    if isinstance(model, nn.Sequential) and not isinstance(model, Skip):
+        raise ConfigError(
+            f"{type(model).__name__} holds pk.Skip.save or pk.Skip.join, and its forward hands nothing on to them; "
+            "make it a pk.Skip of the same layers"
+        )
+    return [replace(unit, needed=names) for unit, names in zip(units, needed, strict=True)]
 
 
 def _lazy(model: Sequence[LayerSpec], seed: int) -> tuple[nn.Module, list[Unit]]:

@@ -23,7 +23,7 @@ class Runner:
         self.log.append(f"{self.stage} begins {batch}")
 
     def __getattr__(self, op: str) -> Any:
-        def act(microbatch: int) -> None:
+        def act(microbatch: int, *peer: int) -> None:
             self.log.append(f"{self.stage}{op}{microbatch}")
             if self.log[-1] == self.fail_at:
                 raise ValueError(op)
@@ -91,7 +91,7 @@ def test_one_thread_runs_every_ranks_instructions_in_their_order(schedule: str) 
     for rank in range(3):
         assert [p for p in placed if p.rank == rank] == place(program, rank)
     done: set[tuple[str, int, int]] = set()
-    for _, (op, stage, microbatch) in placed:
+    for _, (op, stage, microbatch, _) in placed:
         if op == "RECV_F":
             assert ("SEND_F", stage - 1, microbatch) in done
         if op == "RECV_B":
