@@ -47,9 +47,9 @@ class Executor:
         self.times: list[int] = []
         self._runners = list(runners.values())
         self._outgoing = outgoing
+        lanes = [runners[i.stage] if i.peer < 0 else runners[i.stage].lane(i.peer) for _, i in self.placed]
         self._steps = [
-            (getattr(runners[i.stage], methods[i.op]), (i.microbatch,) if i.peer < 0 else (i.microbatch, i.peer))
-            for _, i in self.placed
+            (getattr(lane, methods[i.op]), i.microbatch) for lane, (_, i) in zip(lanes, self.placed, strict=True)
         ]
         self._after_last_loss = after_last_loss
         scored = [k for k, (_, i) in enumerate(self.placed) if i.op == "F" and runners[i.stage].scores]
@@ -61,8 +61,8 @@ class Executor:
         times = self.times = [now()]
         for runner in self._runners:
             runner.begin(batch)
-        for method, arguments in self._steps:
-            method(*arguments)
+        for method, microbatch in self._steps:
+            method(microbatch)
             if outgoing.queued:
                 outgoing.flush()
             if len(times) - 1 == self._last_loss:

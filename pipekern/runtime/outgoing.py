@@ -95,7 +95,8 @@ class Outgoing:
         """
 
         def own(tensor: torch.Tensor) -> torch.Tensor:
-            if any(receiver.owns(tensor.untyped_storage().data_ptr()) for receiver in self._receivers):
+            pointer = tensor.untyped_storage().data_ptr()
+            if any(receiver.owns(pointer) for receiver in self._receivers):
                 return tensor.detach().clone().requires_grad_(tensor.requires_grad)
             return tensor
 

@@ -33,7 +33,8 @@ from pipekern.trace.timeline import Timeline
 class Pipeline:
     """A model cut into stages, trained with micro-batches flowing through them, synchronous and exact.
 
-    ``module`` is an ``nn.Sequential``, an ``nn.Module`` whose forward runs a layer list, or a list of ``LayerSpec``.
+    ``module`` is an ``nn.Sequential`` (a ``pk.Skip`` where values skip layers), an ``nn.Module`` whose forward runs a
+    layer list, or a list of ``LayerSpec``.
     Under a launcher such as torchrun each process is a rank; without one, all ``ranks`` run in this process. The
     gradients after a step are those of the mean loss of the batch, as the unsplit module gives them micro-batch by
     micro-batch.

@@ -19,11 +19,14 @@ class Runner:
     def __init__(self, stage: int, last: bool, log: list[str], fail_at: str = ""):
         self.stage, self.scores, self.log, self.fail_at = stage, last, log, fail_at
 
+    def lane(self, peer: int) -> Runner:
+        return self
+
     def begin(self, batch: Any) -> None:
         self.log.append(f"{self.stage} begins {batch}")
 
     def __getattr__(self, op: str) -> Any:
-        def act(microbatch: int, *peer: int) -> None:
+        def act(microbatch: int) -> None:
             self.log.append(f"{self.stage}{op}{microbatch}")
             if self.log[-1] == self.fail_at:
                 raise ValueError(op)

@@ -26,10 +26,11 @@ def _net() -> pk.Skip:
 
 
 def _by_hand(net: nn.Sequential, x: Tensor) -> Tensor:
-    a = net[0](x)
+    into, between, mix, out = net[0], net[4], net.get_submodule("7.combine"), net[9]
+    a = into(x)
     b = torch.tanh(a)
-    h = torch.tanh(net[4](b) + a)
-    return net[9](net[7].combine(h, b) * a)
+    h = torch.tanh(between(b) + a)
+    return out(mix(h, b) * a)
 
 
 def test_golden() -> None:
