@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Collection
 from typing import NamedTuple
 
+from pipekern.errors import ScheduleError
 from pipekern.schedule.ir import Action, Schedule
 from pipekern.schedule.simulate import Costs, simulate
 from pipekern.schedule.validate import check_order, deadlock
@@ -60,10 +61,16 @@ def program(schedule: Schedule, skips: Collection[Edge] = ()) -> Program:
     """Check ``schedule`` and insert its sends and receives; raises ``ScheduleError`` that lists every fault.
 
     A message is sent as soon as it is made, and received just before its use; messages that come earlier on the same
-    link are received before it, for a link is first in, first out. ``skips`` are pairs of stages, the first before the
-    second: an activation goes past the stages between on a link of its own, and its gradient comes back so.
+    link are received before it, for a link is first in, first out. ``skips`` are pairs of stages of one chain, others
+    between them: an activation goes from the first to the second on a link of its own, and its gradient comes back so.
     """
     check_order(schedule)
+    for a, b in skips:
+        if not (0 <= a < b - 1 < schedule.stages - 1 and a // schedule.depth == b // schedule.depth):
+            raise ScheduleError(
+                f"a skip from stage {a} to stage {b} of {schedule.stages}: give a stage, and one at least two after it "
+                "in the same chain; neighbours have their link already"
+            )
     rows = _insert(schedule, skips)
     spans = simulate(schedule, UNIT).spans
     slots = _slots(schedule, spans, skips)

@@ -218,6 +218,37 @@ def test_generate(processes: bool, heavy: bool) -> None:
         assert got == [[1, 2, 3, 4, 5], [4, 5, 6, 7, 8], [7, 8, 9, 0], [0, 1, 2, 3, 4], [3, 5, 4, 5, 6, 7]]
 
 
+class Fails(nn.Module):
+    """Raises in its third forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            raise ValueError("third")
+        return value
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_after_a_failure_it_can_be_used_again(schedule: str) -> None:
+    """What was on its way to another stage is forgotten."""
+
+    def make() -> pk.Skip:
+        return pk.Skip(*list(crossing())[:-1], Fails(), join("long", torch.add))
+
+    x, y = _batch(make)
+    options: dict[str, Any] = {"microbatches": 6, "ranks": 3, "schedule": schedule, "split": _heavy(make)}
+    with pk.Pipeline(make_seeded(make, 5), loss_fn=F.mse_loss, **options) as pipe:
+        with pytest.raises(ValueError, match="third"):
+            pipe.train_step(x, y)
+        for parameter in pipe.parameters():
+            parameter.grad = None
+        assert pk.verify(pipe, x, y).max_error <= 1e-12
+
+
 # -- before anything starts, and what a step sends
 
 

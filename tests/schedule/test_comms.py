@@ -36,6 +36,12 @@ def test_golden_skip() -> None:
     assert program.slots == {(0, 1): 3, (0, 2): 3, (1, 0): 2, (1, 2): 3, (2, 0): 3, (2, 1): 2}
 
 
+@pytest.mark.parametrize("skip", [(0, 1), (2, 0), (-1, 1), (0, 3), (1, 1)])
+def test_a_skip_that_is_none(skip: tuple[int, int]) -> None:
+    with pytest.raises(ScheduleError, match=f"from stage {skip[0]} to stage {skip[1]} of 3: give a stage"):
+        build("1f1b", ranks=3, microbatches=2).program([skip])
+
+
 def test_no_message_between_stages_of_one_rank() -> None:
     schedule = Schedule.parse("pipekern-schedule name=v microbatches=1 stage_rank=0,1,1,0\n0F0 3F0 3BW0 0BW0\n"
                               "1F0 2F0 2BW0 1BW0\n")  # fmt: skip
