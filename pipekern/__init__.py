@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pipekern.runtime.profile import LayerCosts, profile
     from pipekern.runtime.verify import verify
     from pipekern.stage.cache import Cache
+    from pipekern.stage.skip import Skip
     from pipekern.stage.spec import LayerSpec
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "PipekernError",
     "Pipeline",
     "ScheduleError",
+    "Skip",
     "TransportError",
     "TransportTimeout",
     "__version__",
@@ -62,6 +64,7 @@ def __getattr__(name: str) -> Any:
         "LayerCosts": "pipekern.runtime.profile",
         "LayerSpec": "pipekern.stage.spec",
         "Pipeline": "pipekern.runtime.pipeline",
+        "Skip": "pipekern.stage.skip",
         "profile": "pipekern.runtime.profile",
         "verify": "pipekern.runtime.verify",
     }

@@ -107,7 +107,7 @@ def cases() -> list[Case]:
     return [
         trivial(64, steps=5),
         gpt(64, 4, length=32, samples=2, microbatches=8, steps=5),
-        gpt(256, 8, length=128, samples=4, microbatches=2, steps=3),
-        gpt(256, 8, length=128, samples=4, microbatches=4, steps=2),
+        gpt(256, 8, length=128, samples=4, microbatches=2, steps=2),
+        gpt(256, 8, length=128, samples=4, microbatches=4, steps=1),
         gpt(256, 8, length=128, samples=4, microbatches=8, steps=1),
     ]

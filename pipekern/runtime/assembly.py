@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from pipekern.runtime.batch import Batch
 from pipekern.runtime.blueprint import Blueprint
 from pipekern.runtime.collective import Star, star_links
 from pipekern.runtime.deltas import Deltas, Ties, tie_links
+from pipekern.runtime.detours import Detours
 from pipekern.runtime.executor import Executor
 from pipekern.runtime.generate import Generator
+from pipekern.runtime.lane import Ends, Lane
 from pipekern.runtime.loss import Loss, Verdict
 from pipekern.runtime.outgoing import LOSS_TAG, Outgoing
-from pipekern.runtime.runner import Ends, Held, Runner
+from pipekern.runtime.runner import Held, Runner
 from pipekern.stage.random import unit_keys
 from pipekern.stage.stage import Stage
 from pipekern.stage.unit import Unit
@@ -64,10 +67,10 @@ class Assembly:
         self.ties = Ties(rank, blueprint.ties, self.parameters, self.outgoing, senders, receivers)
         self._held = {schedule.stage_rank[index]: Held() for index in stages}
         self._runners = {index: self._runner(stage) for index, stage in stages.items()}
-        for index, runner in self._runners.items():
-            after = schedule.next_stage(index)
-            if after is not None and schedule.stage_rank[after] == schedule.stage_rank[index]:
-                runner.next, self._runners[after].previous = self._runners[after], runner
+        for a, b in [*pairwise(range(schedule.stages)), *blueprint.direct]:
+            if schedule.stage_rank[a] == schedule.stage_rank[b] and a in self._runners:
+                one, other = self._runners[a].lane(b), self._runners[b].lane(a)
+                one.next, other.previous = other, one
         self.train = Executor(self._runners, blueprint.train, rank, _TRAIN, self.outgoing, self._publish)
         self.evaluate = Executor(self._runners, blueprint.evaluate, rank, _EVALUATE, self.outgoing, self._publish)
         layers = [m for units in blueprint.stages for unit in units for m in unit.evaluate.modules()]
@@ -77,15 +80,33 @@ class Assembly:
     def _runner(self, stage: Stage) -> Runner:
         schedule, index = self.blueprint.schedule, stage.index
         before, after = schedule.previous_stage(index), schedule.next_stage(index)
-        ends = Ends(
+        return Runner(
+            stage,
+            self._ends(before, index, after),
+            self._detours(stage),
+            self.outgoing,
+            self.loss if after is None else None,
+            self._held[schedule.stage_rank[index]],
+        )
+
+    def _ends(self, before: int | None, index: int, after: int | None) -> Ends:
+        return Ends(
             self.receivers.get(f"{before}>{index}"),
             self.senders.get(f"{index}>{after}"),
             self.receivers.get(f"{after}>{index}"),
             self.senders.get(f"{index}>{before}"),
         )
-        return Runner(
-            stage, ends, self.outgoing, self.loss if after is None else None, self._held[schedule.stage_rank[index]]
-        )
+
+    def _detours(self, stage: Stage) -> Detours | None:
+        direct, index = self.blueprint.direct, stage.index
+
+        def lane(before: int | None, after: int | None) -> Lane:
+            return Lane(stage.device, self._ends(before, index, after), self.outgoing)
+
+        arriving = {a: lane(a, None) for a, b in direct if b == index}
+        leaving = {b: lane(None, b) for a, b in direct if a == index}
+        names = {b: names for (a, b), names in direct.items() if a == index}
+        return Detours(arriving, leaving, names) if arriving or leaving else None
 
     def _publish(self, batch: Batch) -> None:
         self._verdict = self.loss.result()

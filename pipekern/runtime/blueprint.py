@@ -18,7 +18,8 @@ from pipekern.plan.partition import partition
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.recomputation import recomputation
-from pipekern.schedule.comms import Program
+from pipekern.runtime.skips import Hop, hops, sent_directly
+from pipekern.schedule.comms import Edge, Program
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.estimate import estimate, estimate_waiting
 from pipekern.stage.sharing import Tie, find_ties, refuse_shared_state
@@ -43,6 +44,12 @@ class Blueprint:
     ties: list[Tie]
     parameters: dict[str, int]
     state: list[str]
+    skips: tuple[Hop, ...]
+
+    @property
+    def direct(self) -> dict[Edge, list[str]]:
+        """By two stages: what goes from the first to the second past those between."""
+        return sent_directly(self.skips)
 
     @property
     def root_rank(self) -> int:
@@ -65,6 +72,7 @@ class Blueprint:
             "inputs": None if first.arguments is None else list(first.arguments.given),
             "split": [len(units) for units in self.stages],
             "recompute": self.recompute,
+            "skips": list(map(str, self.skips)),
             "parameters": [f"{name} {list(p.shape)}" for name, p in parameters],
             "dtype": ", ".join(sorted({str(p.dtype) for _, p in parameters})),
             "version of pipekern": __version__,
@@ -83,21 +91,24 @@ def draw(options: Options, ranks: int) -> Blueprint:
     starts = [sum(counts[:stage]) for stage in range(len(counts))]
     stages = [units[start : start + count] for start, count in zip(starts, counts, strict=True)]
     refuse_shared_state(stages)
+    skips = hops(stages, order, options.split if isinstance(options.split, LayerCosts) else None)
+    direct = sent_directly(skips)
     place: dict[int, int] = {}
     parameters = {name: place.setdefault(id(p), len(place)) for unit in units for name, p in unit.named_parameters()}
-    program = order.program()
+    program = order.program(direct)
     state = list(root.state_dict()) or [unit.prefix + n for unit in units for n in unit.train.state_dict()]
     return Blueprint(
         root,
         order,
         program,
-        order.forward_only().program(),
+        order.forward_only().program(direct),
         stages,
         starts,
         recomputation(options, stages, program),
         find_ties(stages, order.stage_rank),
         parameters,
         state,
+        skips,
     )
 
 

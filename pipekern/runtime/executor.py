@@ -47,7 +47,7 @@ class Executor:
         self.times: list[int] = []
         self._runners = list(runners.values())
         self._outgoing = outgoing
-        self._steps = [(getattr(runners[i.stage], methods[i.op]), i.microbatch) for _, i in self.placed]
+        self._steps = [(getattr(runners[i.stage].lane(i.peer), methods[i.op]), i.microbatch) for _, i in self.placed]
         self._after_last_loss = after_last_loss
         scored = [k for k, (_, i) in enumerate(self.placed) if i.op == "F" and runners[i.stage].scores]
         self._last_loss = scored[-1] if scored else -1

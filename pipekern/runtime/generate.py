@@ -152,13 +152,13 @@ class Generator:
         seen = group.length - 1 if number and self.caching else 0
         if stage == 0:
             self._batch.inputs = {key: group.tokens[:, seen : group.length].clone()}
-        elif runner.previous is None:
+        else:
             runner.receive_generate(key)
         self._caches.begin(stage, group.index, seen, group.capacity)
         runner.evaluate(key)
         if runner.scores:
             self._pick(group, number, group.length - seen)
-        elif runner.next is None:
+        else:
             runner.send_generate(key)
         if self._outgoing.queued:
             self._outgoing.flush()

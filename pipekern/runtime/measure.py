@@ -40,5 +40,5 @@ def measured(
 
 
 def _spans(placed: Sequence[Placed], times: Sequence[int], start: int) -> Iterator[Span]:
-    for (rank, (op, stage, microbatch)), (begin, end) in zip(placed, pairwise(times), strict=False):
+    for (rank, (op, stage, microbatch, _)), (begin, end) in zip(placed, pairwise(times), strict=False):
         yield Span(rank, _KINDS.get(op, op), stage, microbatch, (begin - start) / 1e3, (end - start) / 1e3)

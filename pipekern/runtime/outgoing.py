@@ -44,7 +44,7 @@ class Outgoing:
             return
         if queue is None:
             queue = self.queued[sender.link.name] = deque()
-        queue.append((sender, tag, self._own(value), digest))
+        queue.append((sender, tag, self.own(value), digest))
 
     def flush(self) -> None:
         """Retry every queue until it is empty or its link is full."""
@@ -89,11 +89,14 @@ class Outgoing:
         """Forget what is queued: what an exception left behind."""
         self.queued.clear()
 
-    def _own(self, value: Any) -> Any:
-        """``value`` with copies of the tensors that lie in a received slot: a queued message must not hold one."""
+    def own(self, value: Any) -> Any:
+        """``value`` with copies of the tensors that lie in a received slot: what outlives the slot's use must not hold
+        one.
+        """
 
         def own(tensor: torch.Tensor) -> torch.Tensor:
-            if any(receiver.owns(tensor.untyped_storage().data_ptr()) for receiver in self._receivers):
+            pointer = tensor.untyped_storage().data_ptr()
+            if any(receiver.owns(pointer) for receiver in self._receivers):
                 return tensor.detach().clone().requires_grad_(tensor.requires_grad)
             return tensor
 

@@ -23,6 +23,7 @@ from pipekern.runtime.options import Options, Split
 from pipekern.runtime.parameters import StageParameters, load
 from pipekern.runtime.prompts import Ids, join, prepare
 from pipekern.runtime.sampling import Sampling
+from pipekern.runtime.skips import Hop
 from pipekern.runtime.start import start
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.random import preserved, step_key
@@ -33,7 +34,8 @@ from pipekern.trace.timeline import Timeline
 class Pipeline:
     """A model cut into stages, trained with micro-batches flowing through them, synchronous and exact.
 
-    ``module`` is an ``nn.Sequential``, an ``nn.Module`` whose forward runs a layer list, or a list of ``LayerSpec``.
+    ``module`` is an ``nn.Sequential`` (a ``pk.Skip`` where values skip layers), an ``nn.Module`` whose forward runs a
+    layer list, or a list of ``LayerSpec``.
     Under a launcher such as torchrun each process is a rank; without one, all ``ranks`` run in this process. The
     gradients after a step are those of the mean loss of the batch, as the unsplit module gives them micro-batch by
     micro-batch.
@@ -82,23 +84,10 @@ class Pipeline:
     ):
         self._parts = start(
             Options(
-                module,
-                loss_fn,
-                microbatches,
-                ranks,
-                devices,
-                chunks,
-                schedule,
-                split,
-                recompute,
-                on_nonfinite,
-                seed,
-                transport,
-                timeout,
-                inputs,
-                memory,
+                module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
+                transport, timeout, inputs, memory,
             )
-        )
+        )  # fmt: skip
         self._guard = Guard(self._parts, on_nonfinite)
         self._seed = seed
         self._step = 0
@@ -277,6 +266,11 @@ class Pipeline:
         return total
 
     # -- what happened
+
+    @property
+    def skips(self) -> tuple[Hop, ...]:
+        """How what is saved by ``pk.Skip`` goes from stage to stage: relayed or directly, see ``Hop``."""
+        return self._parts.blueprint.skips
 
     def timeline(self) -> Timeline:
         """What every rank did in the last step, in microseconds from the first rank's start; collective.

@@ -20,6 +20,7 @@ from pipekern.stage.chain import chain
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.random import preserved
 from pipekern.stage.recompute import CHOICES
+from pipekern.stage.skip import Carried
 from pipekern.stage.spec import LayerSpec
 from pipekern.stage.unit import Unit, cut
 from pipekern.transport.value import distinct, map_tensors, tensors
@@ -28,6 +29,8 @@ from pipekern.transport.value import distinct, map_tensors, tensors
 @dataclass(frozen=True)
 class LayerCosts:
     """Microseconds of one micro-batch a unit: ``forward``, ``backward``, and ``weight``, what can be put off of it.
+
+    ``copy`` is what a copy of the unit's output takes; empty where it is not known.
 
     What ``recompute="auto"`` chooses by, empty where it was not measured: rows ``kept`` (bytes from a unit's forward to
     its backward) and ``added`` (microseconds more) with a value for each of ``"none"``, ``"selective"`` and ``"full"``;
@@ -39,6 +42,7 @@ class LayerCosts:
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     weight: tuple[float, ...]
+    copy: tuple[float, ...] = ()
     kept: tuple[tuple[float, ...], ...] = ()
     added: tuple[tuple[float, ...], ...] = ()
     waiting: tuple[float, ...] = ()
@@ -82,17 +86,18 @@ def profile(
         for unit, runs in zip(units, ways, strict=True):
             times = {how: _median(unit, run, value, device, repeats) for how, run in runs.items()}
             rows.append(times["none"])
-            added.append(tuple(max(0.0, sum(times[how]) - sum(times["none"])) for how in CHOICES))
+            added.append(tuple(max(0.0, sum(times[how][:3]) - sum(times["none"][:3])) for how in CHOICES))
             with torch.no_grad():
                 value = _leaves(runs["none"](_copied(value)))
         found = footprint(units, ways, x, _leaves)
     names = tuple(unit.name for unit in units)
-    forward, backward, weight = zip(*rows, strict=True)
+    forward, backward, weight, copies = zip(*rows, strict=True)
     return LayerCosts(
         names,
         forward,
         backward,
         weight,
+        copies,
         tuple(found.kept),
         tuple(added),
         tuple(found.waiting),
@@ -111,7 +116,7 @@ def _median(unit: Unit, run: Run, value: Any, device: torch.device, repeats: int
     return tuple(statistics.median(column) for column in zip(*times, strict=True))
 
 
-def _time(unit: Unit, run: Run, value: Any, device: torch.device) -> tuple[float, float, float]:
+def _time(unit: Unit, run: Run, value: Any, device: torch.device) -> tuple[float, ...]:
     value, deferral = _copied(value), Deferral(unit.train.modules())
     with deferral:
         clock = [_now(device)]
@@ -124,8 +129,10 @@ def _time(unit: Unit, run: Run, value: Any, device: torch.device) -> tuple[float
     for work in deferral.take():
         work()
     clock.append(_now(device))
-    forward, backward, weight = ((end - start) / 1e3 for start, end in pairwise(clock))
-    return forward, backward, weight
+    with torch.no_grad():
+        _copied(output.value if isinstance(output, Carried) else output)
+    clock.append(_now(device))
+    return tuple((end - start) / 1e3 for start, end in pairwise(clock))
 
 
 def _tuples(value: Any) -> Any:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pipekern.errors import MessageMismatch
 from pipekern.runtime.batch import Batch
+from pipekern.runtime.detours import Detours
+from pipekern.runtime.lane import Ends, Lane
 from pipekern.runtime.loss import Loss
 from pipekern.runtime.microbatch import to_device
-from pipekern.runtime.outgoing import BACKWARD_TAG, EVALUATE_TAG, FORWARD_TAG, GENERATE_TAG, Outgoing
-from pipekern.stage.stage import Stage, detached
-from pipekern.transport.base import Receiver, Sender
-
-
-@dataclass
-class Ends:
-    """A stage's link ends, None where the neighbour is on this process's rank or there is none."""
-
-    forward_in: Receiver | None = None
-    forward_out: Sender | None = None
-    backward_in: Receiver | None = None
-    backward_out: Sender | None = None
+from pipekern.runtime.outgoing import Outgoing
+from pipekern.stage.stage import Stage
 
 
 class Held:
@@ -41,24 +30,24 @@ class Held:
         self.peak = max(self.peak, sum(stage.live for stage in self.stages))
 
 
-class Runner:
-    """A stage with its links. ``previous`` and ``next`` are neighbours on the same rank, which are handed values
-    directly.
-    """
+class Runner(Lane):
+    """A stage on the way from each stage to the next, and on ``detours``, the lanes past others, if it has any."""
 
-    def __init__(self, stage: Stage, ends: Ends, outgoing: Outgoing, loss: Loss | None, held: Held):
+    def __init__(
+        self,
+        stage: Stage,
+        ends: Ends,
+        detours: Detours | None,
+        outgoing: Outgoing,
+        loss: Loss | None,
+        held: Held,
+    ):
+        super().__init__(stage.device, ends, outgoing)
         self.stage = stage
-        self.previous: Runner | None = None
-        self.next: Runner | None = None
-        self._ends = ends
-        self._outgoing = outgoing
+        self.detours = detours
         self._loss = loss
         self._held = held
         held.stages.append(stage)
-        self._inputs: dict[int, Any] = {}
-        self._outputs: dict[int, Any] = {}
-        self._gradients: dict[int, Any] = {}
-        self._returned: dict[int, Any] = {}
 
     @property
     def scores(self) -> bool:
@@ -67,51 +56,28 @@ class Runner:
 
     def begin(self, batch: Batch) -> None:
         """Start a step on ``batch``."""
-        self.batch = batch
+        super().begin(batch)
         self.stage.begin()
         self._held.peak = 0
+        if self.detours is not None:
+            self.detours.begin(batch)
 
     def clear(self) -> None:
         """Forget what an exception left half done."""
+        super().clear()
         self.stage.clear()
-        for held in (self._inputs, self._outputs, self._gradients, self._returned):
-            held.clear()
+        if self.detours is not None:
+            self.detours.clear()
 
-    def receive_forward(self, microbatch: int) -> None:
-        """RECV_F."""
-        self._receive_input(microbatch, FORWARD_TAG)
-
-    def receive_evaluate(self, microbatch: int) -> None:
-        """RECV_F of an evaluation."""
-        self._receive_input(microbatch, EVALUATE_TAG)
-
-    def receive_generate(self, microbatch: int) -> None:
-        """RECV_F of a text that is generated."""
-        self._receive_input(microbatch, GENERATE_TAG)
-
-    def _receive_input(self, microbatch: int, kind: int) -> None:
-        batch, receiver = self.batch, self._ends.forward_in
-        assert receiver is not None
-        message = self._outgoing.receive(receiver, kind | batch.tag | microbatch)
-        if message.digest:
-            self._compare(message.digest, receiver)
-        self._inputs[microbatch] = message.value
-
-    def _compare(self, digest: int, receiver: Receiver) -> None:
-        if self.batch.digest and self.batch.digest != digest:
-            source, target = receiver.link.source, receiver.link.target
-            raise MessageMismatch(
-                f"ranks {source} and {target} were given different batches at step {self.batch.step}; every rank of a "
-                "pipeline takes the same batch: seed the sampler alike on all of them",
-                target,
-            )
-        self.batch.digest = digest
+    def lane(self, peer: int) -> Lane:
+        """The lane to the stage ``peer``: the stage's own to its neighbours."""
+        return self if self.detours is None else self.detours.lanes.get(peer, self)
 
     def forward(self, microbatch: int) -> None:
         """F, and on the last stage the loss."""
-        value = self._take_input(microbatch)
+        value = self.take_input(microbatch)
         if self._loss is None:
-            self._hand_on(microbatch, self.stage.forward(microbatch, value, self.batch.step_key))
+            self.hand_on(microbatch, self.stage.forward(microbatch, value, self.batch.step_key))
         else:
             self.stage.forward(microbatch, value, self.batch.step_key, lambda output: self._score(microbatch, output))
         self._held.count()
@@ -126,74 +92,57 @@ class Runner:
 
     def evaluate(self, microbatch: int) -> None:
         """F of an evaluation: the last stage keeps the loss, or the outputs where there are no targets."""
-        output = self.stage.evaluate(self._take_input(microbatch))
+        output = self.stage.evaluate(self.take_input(microbatch))
         if self._loss is None:
-            self._hand_on(microbatch, output)
+            self.hand_on(microbatch, output)
         elif self.batch.targets is not None:
             self._loss.forward(microbatch, output, to_device(self.batch.targets[microbatch], self.stage.device))
         else:
             self.batch.keep(output)
+        if self.detours is not None:
+            self.detours.forget(microbatch)
 
-    def _take_input(self, microbatch: int) -> Any:
-        if microbatch in self._inputs:
-            value = self._inputs.pop(microbatch)
-        else:
+    def take_input(self, microbatch: int) -> Any:
+        """The stage's input, whole."""
+        if microbatch not in self._inputs:
             assert self.batch.inputs is not None
-            value = self.batch.inputs[microbatch]
-        return to_device(value, self.stage.device)
+            return to_device(self.batch.inputs[microbatch], self.stage.device)
+        value = super().take_input(microbatch)
+        return value if self.detours is None else self.detours.merge(microbatch, value)
 
-    def _hand_on(self, microbatch: int, value: Any) -> None:
-        if self.next is not None:
-            self.next._inputs[microbatch] = detached(value)
-        else:
-            self._outputs[microbatch] = value
-
-    def send_forward(self, microbatch: int) -> None:
-        """SEND_F."""
-        self._send_output(microbatch, FORWARD_TAG)
-
-    def send_evaluate(self, microbatch: int) -> None:
-        """SEND_F of an evaluation."""
-        self._send_output(microbatch, EVALUATE_TAG)
-
-    def send_generate(self, microbatch: int) -> None:
-        """SEND_F of a text that is generated."""
-        self._send_output(microbatch, GENERATE_TAG)
-
-    def _send_output(self, microbatch: int, kind: int) -> None:
-        assert self._ends.forward_out is not None
-        digest = self.batch.digest if microbatch == 0 else 0
-        self._outgoing.send(
-            self._ends.forward_out, kind | self.batch.tag | microbatch, self._outputs.pop(microbatch), digest
-        )
-
-    def receive_backward(self, microbatch: int) -> None:
-        """RECV_B."""
-        assert self._ends.backward_in is not None
-        message = self._outgoing.receive(self._ends.backward_in, BACKWARD_TAG | self.batch.tag | microbatch)
-        self._gradients[microbatch] = to_device(message.value, self.stage.device)
+    def hand_on(self, microbatch: int, value: Any) -> None:
+        """Give the stage's output to those after it."""
+        super().hand_on(microbatch, value if self.detours is None else self.detours.divide(microbatch, value))
 
     def backward(self, microbatch: int) -> None:
         """BW."""
-        self._hand_back(microbatch, self.stage.backward(microbatch, self._gradients.pop(microbatch)))
+        self.hand_back(microbatch, self.stage.backward(microbatch, self.take_gradient(microbatch)))
 
     def backward_input(self, microbatch: int) -> None:
         """B."""
-        self._hand_back(microbatch, self.stage.backward_input(microbatch, self._gradients.pop(microbatch)))
+        self.hand_back(microbatch, self.stage.backward_input(microbatch, self.take_gradient(microbatch)))
 
     def backward_weight(self, microbatch: int) -> None:
         """W."""
         self.stage.backward_weight(microbatch)
 
-    def _hand_back(self, microbatch: int, gradient: Any) -> None:
-        if self.previous is not None:
-            self.previous._gradients[microbatch] = gradient
-        elif self._ends.backward_out is not None:
-            self._returned[microbatch] = gradient
+    def take_gradient(self, microbatch: int) -> Any:
+        """The gradients of the stage's output, whole."""
+        gradient = super().take_gradient(microbatch)
+        return gradient if self.detours is None else self.detours.gather(microbatch, gradient)
 
-    def send_backward(self, microbatch: int) -> None:
-        """SEND_B."""
-        assert self._ends.backward_out is not None
-        self._outgoing.send(
-            self._ends.backward_out, BACKWARD_TAG | self.batch.tag | microbatch, self._returned.pop(microbatch)
-        )
+    def hand_back(self, microbatch: int, gradient: Any) -> None:
+        """Give the gradients of the stage's input to those before it."""
+        super().hand_back(microbatch, gradient if self.detours is None else self.detours.scatter(microbatch, gradient))
+
+    def receive_generate(self, microbatch: int) -> None:
+        """Every RECV_F of a text that is generated, if there is any."""
+        super().receive_generate(microbatch)
+        for lane in self.detours.lanes.values() if self.detours is not None else ():
+            lane.receive_generate(microbatch)
+
+    def send_generate(self, microbatch: int) -> None:
+        """Every SEND_F of a text that is generated, if there is any."""
+        super().send_generate(microbatch)
+        for lane in self.detours.lanes.values() if self.detours is not None else ():
+            lane.send_generate(microbatch)

@@ -15,6 +15,7 @@ from pipekern.runtime import microbatch
 from pipekern.runtime.loss import Loss
 from pipekern.runtime.pipeline import Pipeline
 from pipekern.stage.random import generator, mix, preserved, step_key, unit_keys
+from pipekern.stage.skip import Skip
 from pipekern.stage.unit import Unit
 
 
@@ -100,7 +101,7 @@ def _unsplit(pipe: Pipeline, state: dict[str, Any]) -> nn.Module:
     units = [unit for stage in blueprint.stages for unit in stage]
     device = pipe._parts.devices[-1]
     if units[0].build is not None:
-        model: nn.Module = nn.Sequential(*(unit.built().train for unit in units))
+        model: nn.Module = Skip(*(unit.built().train for unit in units))
     else:
         model = copy.deepcopy(blueprint.root)
         real: dict[nn.Parameter, nn.Parameter] = {}

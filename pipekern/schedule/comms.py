@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
+from collections.abc import Collection
 from typing import NamedTuple
 
+from pipekern.errors import ScheduleError
 from pipekern.schedule.ir import Action, Schedule
 from pipekern.schedule.simulate import Costs, simulate
 from pipekern.schedule.validate import check_order, deadlock
@@ -21,13 +23,14 @@ Edge = tuple[int, int]
 class Instruction(NamedTuple):
     """One thing that the rank of ``stage`` does.
 
-    ``op`` is F, B, W or BW, or: RECV_F receives the activation from the stage before, SEND_F sends it to the stage
-    after, RECV_B receives the gradient from the stage after, SEND_B sends it to the stage before.
+    ``op`` is F, B, W or BW, or: RECV_F receives an activation from ``peer``, the stage before or one that skips to this
+    one, SEND_F sends it to a stage after, RECV_B receives the gradient from there, SEND_B sends it back.
     """
 
     op: str
     stage: int
     microbatch: int
+    peer: int = -1
 
     def __str__(self) -> str:
         return f"{self.stage}{self.op}{self.microbatch}"
@@ -35,13 +38,7 @@ class Instruction(NamedTuple):
     @property
     def edge(self) -> Edge:
         """Of a send or receive: source and target stage of its link."""
-        stage = self.stage
-        return {
-            "SEND_F": (stage, stage + 1),
-            "RECV_F": (stage - 1, stage),
-            "SEND_B": (stage, stage - 1),
-            "RECV_B": (stage + 1, stage),
-        }[self.op]
+        return (self.stage, self.peer) if self.op in SENDS else (self.peer, self.stage)
 
 
 class Program(NamedTuple):
@@ -60,64 +57,67 @@ class Program(NamedTuple):
     order: tuple[tuple[int, int], ...]
 
 
-def program(schedule: Schedule) -> Program:
+def program(schedule: Schedule, skips: Collection[Edge] = ()) -> Program:
     """Check ``schedule`` and insert its sends and receives; raises ``ScheduleError`` that lists every fault.
 
     A message is sent as soon as it is made, and received just before its use; messages that come earlier on the same
-    link are received before it, for a link is first in, first out.
+    link are received before it, for a link is first in, first out. ``skips`` are pairs of stages of one chain, others
+    between them: an activation goes from the first to the second on a link of its own, and its gradient comes back so.
     """
     check_order(schedule)
-    rows = _insert(schedule)
+    for a, b in skips:
+        if not (0 <= a < b - 1 < schedule.stages - 1 and a // schedule.depth == b // schedule.depth):
+            raise ScheduleError(
+                f"a skip from stage {a} to stage {b} of {schedule.stages}: give a stage, and one at least two after it "
+                "in the same chain; neighbours have their link already"
+            )
+    rows = _insert(schedule, skips)
     spans = simulate(schedule, UNIT).spans
-    slots = _slots(schedule, spans)
+    slots = _slots(schedule, spans, skips)
     return Program(schedule, rows, slots, bounded_order(schedule, rows, slots, spans))
 
 
-def _source(schedule: Schedule, action: Action) -> int | None:
-    """The stage on another rank from which ``action`` gets a message."""
+def _sources(schedule: Schedule, action: Action, skips: Collection[Edge]) -> list[int]:
+    """The stages on other ranks from which ``action`` gets a message."""
+    return _others(schedule, action, skips, forward=action.op != "F")
+
+
+def _targets(schedule: Schedule, action: Action, skips: Collection[Edge]) -> list[int]:
+    """The stages on other ranks to which ``action`` gives a message."""
+    return _others(schedule, action, skips, forward=action.op == "F")
+
+
+def _others(schedule: Schedule, action: Action, skips: Collection[Edge], forward: bool) -> list[int]:
+    """The stages on other ranks that are joined to ``action``'s: those after it if ``forward``, else those before."""
     if action.op == "W":
-        return None
+        return []
     stage = action.stage
-    source = schedule.previous_stage(stage) if action.op == "F" else schedule.next_stage(stage)
-    return source if source is not None and _remote(schedule, source, stage) else None
+    neighbour = schedule.next_stage(stage) if forward else schedule.previous_stage(stage)
+    found = [] if neighbour is None else [neighbour]
+    found += sorted(b if forward else a for a, b in skips if stage == (a if forward else b))
+    return [other for other in found if schedule.stage_rank[other] != schedule.stage_rank[stage]]
 
 
-def _target(schedule: Schedule, action: Action) -> int | None:
-    """The stage on another rank to which ``action`` gives a message."""
-    if action.op == "W":
-        return None
-    stage = action.stage
-    target = schedule.next_stage(stage) if action.op == "F" else schedule.previous_stage(stage)
-    return target if target is not None and _remote(schedule, stage, target) else None
-
-
-def _remote(schedule: Schedule, one: int, other: int) -> bool:
-    return schedule.stage_rank[one] != schedule.stage_rank[other]
-
-
-def _insert(schedule: Schedule) -> tuple[tuple[Instruction, ...], ...]:
+def _insert(schedule: Schedule, skips: Collection[Edge]) -> tuple[tuple[Instruction, ...], ...]:
     sent: dict[Edge, deque[int]] = {}
     for row in schedule.actions:
         for action in row:
-            target = _target(schedule, action)
-            if target is not None:
+            for target in _targets(schedule, action, skips):
                 sent.setdefault((action.stage, target), deque()).append(action.microbatch)
-    received: set[tuple[str, int, int]] = set()
+    received: set[tuple[int, int, int]] = set()
     rows = []
     for actions in schedule.actions:
         out: list[Instruction] = []
         for action in actions:
-            kind = "F" if action.op == "F" else "B"
-            source = _source(schedule, action)
-            if source is not None:
-                queue = sent[source, action.stage]
-                while (kind, action.stage, action.microbatch) not in received:
-                    microbatch = queue.popleft()
-                    received.add((kind, action.stage, microbatch))
-                    out.append(Instruction(f"RECV_{kind}", action.stage, microbatch))
+            kind, stage = "F" if action.op == "F" else "B", action.stage
+            for source in _sources(schedule, action, skips):
+                while (source, stage, action.microbatch) not in received:
+                    microbatch = sent[source, stage].popleft()
+                    received.add((source, stage, microbatch))
+                    out.append(Instruction(f"RECV_{kind}", stage, microbatch, source))
             out.append(Instruction(*action))
-            if _target(schedule, action) is not None:
-                out.append(Instruction(f"SEND_{kind}", action.stage, action.microbatch))
+            targets = _targets(schedule, action, skips)
+            out += [Instruction(f"SEND_{kind}", stage, action.microbatch, target) for target in targets]
         rows.append(tuple(out))
     return tuple(rows)
 
@@ -127,15 +127,14 @@ def _last_uses(schedule: Schedule) -> dict[tuple[int, int], Action]:
     return {(action.stage, action.microbatch): action for row in schedule.actions for action in row}
 
 
-def _slots(schedule: Schedule, spans: tuple[Span, ...]) -> dict[Edge, int]:
+def _slots(schedule: Schedule, spans: tuple[Span, ...], skips: Collection[Edge]) -> dict[Edge, int]:
     last = _last_uses(schedule)
     freed = {(s.stage, s.microbatch): s.end for s in spans if last[s.stage, s.microbatch].op == s.op}
     changes: dict[Edge, list[tuple[float, int]]] = {}
     passed: dict[Edge, float] = {}
     for span in spans:
         action = Action(span.op, span.stage, span.microbatch)
-        target = _target(schedule, action)
-        if target is not None:
+        for target in _targets(schedule, action, skips):
             link = span.stage, target
             passed[link] = max(passed.get(link, 0), freed[target, span.microbatch])
             changes.setdefault(link, []).extend([(span.end, 1), (passed[link], -1)])
@@ -167,7 +166,7 @@ def bounded_order(
             blocked[instruction.edge] = (rank, index)
             continue
         order.append((rank, index))
-        now = max(now, when.get(instruction, now))
+        now = max(now, when.get(instruction[:3], now))
         heapq.heappush(ready, (now, rank, index + 1))
         for link in run.delivered:
             if link in blocked:
@@ -194,6 +193,7 @@ class _BoundedRun:
     def __init__(self, schedule: Schedule, slots: dict[Edge, int]):
         # The micro-batch in each slot; -1 in a free one.
         self._ring = {link: [-1] * count for link, count in slots.items()}
+        self._into = [[link for link in slots if link[1] == stage] for stage in range(schedule.stages)]
         self._next: Counter[Edge] = Counter()
         self._queued: dict[Edge, deque[int]] = {link: deque() for link in slots}
         self._arrived: Counter[Edge] = Counter()
@@ -202,7 +202,7 @@ class _BoundedRun:
 
     def execute(self, instruction: Instruction) -> bool:
         """Run ``instruction``; False for a RECV whose message is not there."""
-        op, stage, microbatch = instruction
+        op, stage, microbatch, _ = instruction
         if op in SENDS:
             self._queued[instruction.edge].append(microbatch)
             self._deliver(instruction.edge)
@@ -211,11 +211,10 @@ class _BoundedRun:
                 return False
             self._arrived[instruction.edge] -= 1
         elif self._last[stage, microbatch].op == op:
-            for link in ((stage - 1, stage), (stage + 1, stage)):
-                if link in self._ring:
-                    ring = self._ring[link]
-                    ring[ring.index(microbatch)] = -1
-                    self._deliver(link)
+            for link in self._into[stage]:
+                ring = self._ring[link]
+                ring[ring.index(microbatch)] = -1
+                self._deliver(link)
         return True
 
     def _deliver(self, link: Edge) -> None:

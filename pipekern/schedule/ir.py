@@ -14,7 +14,7 @@ joined to it: ``0F3&7BW1``. Lines that start with ``#`` are comments.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -158,11 +158,11 @@ class Schedule:
         """Raise ``ScheduleError`` that lists every fault, if there is any."""
         self.program()
 
-    def program(self) -> Program:
-        """This schedule with sends and receives; raises ``ScheduleError`` as :meth:`check` does."""
+    def program(self, skips: Collection[tuple[int, int]] = ()) -> Program:
+        """This schedule with sends and receives; ``skips`` and errors as in :func:`pipekern.schedule.comms.program`."""
         from pipekern.schedule.comms import program
 
-        return program(self)
+        return program(self, skips)
 
     def simulate(self, costs: Costs) -> Timeline:
         """The exact timeline under ``costs``; raises ``ScheduleError`` where the order deadlocks."""

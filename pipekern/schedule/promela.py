@@ -77,8 +77,8 @@ def _rank(program: Program, rank: int, slots: Mapping[Edge, int], places: Mappin
 
 
 def _freed(one: Instruction, slots: Mapping[Edge, int], places: Mapping[tuple[Edge, int], int]) -> Iterator[str]:
-    for link in ((one.stage - 1, one.stage), (one.stage + 1, one.stage)):
-        if (link, one.microbatch) in places:
+    for link in slots:
+        if link[1] == one.stage and (link, one.microbatch) in places:
             yield f"  busy_{_name(link)}[{places[link, one.microbatch] % slots[link]}] = false;"
 
 

@@ -13,6 +13,7 @@ from pipekern.errors import ConfigError
 from pipekern.stage.arguments import Arguments
 from pipekern.stage.graph import UntraceableError, cut_graph
 from pipekern.stage.skeleton import Skeleton
+from pipekern.stage.skip import Skip, carrying, needed_after
 from pipekern.stage.spec import LayerSpec
 
 
@@ -22,6 +23,7 @@ class Unit:
 
     They are one module, or two traces of the same code where that code looks at ``self.training``. ``prefix`` is put
     before the parameters' names to give those of the whole model. ``build`` makes a lazy unit real.
+    ``needed``: in a model with skips, the names that are joined after this unit.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Unit:
     build: Callable[[], nn.Module] | None = None
     arguments: Arguments | None = None
     skeleton: Skeleton | None = None
+    needed: frozenset[str] | None = None
 
     def call(self, module: nn.Module) -> Callable[[Any], Any]:
         """``module`` (train or evaluate) as a function of the value before it; with a ``skeleton``, of one call of a
@@ -42,6 +45,8 @@ class Unit:
         """``module`` as a function of one value, which the first unit of a model whose forward has several parameters
         takes apart; see :meth:`Arguments.spread`.
         """
+        if self.needed is not None:
+            return carrying(module, self.needed)
         arguments = self.arguments
         if arguments is None or not arguments.several:
             return module
@@ -77,9 +82,14 @@ def cut(
     ``nn.Sequential`` is cut at its children (nested ones included), a list of specs at its layers, any other module
     at the layers of its longest ``nn.ModuleList`` or ``nn.Sequential``, which its forward must call one after the
     other; what is before and after them are units of their own. A forward that cannot be traced is run by every stage
-    (``replay.py``). ``inputs`` names the parameters of that forward which
-    a batch gives, by default those without a default. Raises ``ConfigError``.
+    (``replay.py``). ``inputs`` names the parameters of that forward which a batch gives, by default those without a
+    default. Raises ``ConfigError``.
     """
+    if isinstance(model, nn.Sequential) and type(model).forward not in (nn.Sequential.forward, Skip.forward):
+        raise ConfigError(
+            f"{type(model).__name__} is an nn.Sequential with a forward of its own, which a cut at its layers would "
+            "leave out; hold the layers in an attribute of an nn.Module, or leave that forward out"
+        )
     if inputs is not None and (isinstance(model, nn.Sequential) or not isinstance(model, nn.Module)):
         raise ConfigError(
             f"inputs={list(inputs)} for a {type(model).__name__}, whose first layer takes a batch as it is; leave "
@@ -87,7 +97,7 @@ def cut(
         )
     if isinstance(model, nn.Sequential):
         _refuse_hooks(model)
-        units = [Unit(name, layer, layer, f"{name}.") for name, layer in _children(model, "")]
+        units = _with_skips([Unit(name, layer, layer, f"{name}.") for name, layer in _children(model, "")], model)
         root: nn.Module = model
     elif isinstance(model, nn.Module):
         root = model
@@ -95,6 +105,7 @@ def cut(
         _refuse_hooks(model)
     else:
         root, units = _lazy(model, seed)
+        units = _with_skips(units, model)
     if not units:
         raise ConfigError("the model has no layers: there is nothing to cut; give at least one layer a stage")
     return root, units
@@ -123,6 +134,18 @@ def _children(container: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.M
             yield from _children(child, f"{prefix}{name}.")
         else:
             yield prefix + name, child
+
+
+def _with_skips(units: list[Unit], model: nn.Sequential | Sequence[LayerSpec]) -> list[Unit]:
+    needed = needed_after([(unit.name, unit.train) for unit in units])
+    if needed is None:
+        return units
+    if isinstance(model, nn.Sequential) and not isinstance(model, Skip):
+        raise ConfigError(
+            f"{type(model).__name__} holds pk.Skip.save or pk.Skip.join, and its forward hands nothing on to them; "
+            "make it a pk.Skip of the same layers"
+        )
+    return [replace(unit, needed=names) for unit, names in zip(units, needed, strict=True)]
 
 
 def _lazy(model: Sequence[LayerSpec], seed: int) -> tuple[nn.Module, list[Unit]]:

@@ -37,6 +37,15 @@ class Shared(nn.Module):
         return x
 
 
+class Reversed(nn.Sequential):
+    """Runs its layers from the last to the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in reversed(self):
+            x = layer(x)
+        return x
+
+
 class Listless(nn.Module):
     """No layer list."""
 
@@ -92,6 +101,7 @@ BAD = [
     ("transport", _net(), {"transport": "smh"}, ["'smh'", "'shm'"]),
     ("devices", _net(), {"devices": ["cpu"] * 3}, ["3 entries", "2 ranks"]),
     ("shared state", Shared(), {}, ["BatchNorm1d", "stages 0 and 1", "layers.0.1"]),
+    ("a Sequential of its own", Reversed(nn.Linear(4, 4), nn.Linear(4, 4)), {}, ["Reversed", "forward of its own"]),
     ("no layer list", Listless(), {}, ["Listless", "nn.ModuleList"]),
     ("list that is not called", Uncalled(), {}, ["Uncalled", "layers"]),
     ("hooks on the whole", _hooked(), {}, ["hooks", "layers"]),

@@ -19,6 +19,9 @@ class Runner:
     def __init__(self, stage: int, last: bool, log: list[str], fail_at: str = ""):
         self.stage, self.scores, self.log, self.fail_at = stage, last, log, fail_at
 
+    def lane(self, peer: int) -> Runner:
+        return self
+
     def begin(self, batch: Any) -> None:
         self.log.append(f"{self.stage} begins {batch}")
 
@@ -91,7 +94,7 @@ def test_one_thread_runs_every_ranks_instructions_in_their_order(schedule: str) 
     for rank in range(3):
         assert [p for p in placed if p.rank == rank] == place(program, rank)
     done: set[tuple[str, int, int]] = set()
-    for _, (op, stage, microbatch) in placed:
+    for _, (op, stage, microbatch, _) in placed:
         if op == "RECV_F":
             assert ("SEND_F", stage - 1, microbatch) in done
         if op == "RECV_B":

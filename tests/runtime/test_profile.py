@@ -70,6 +70,15 @@ def test_values_of_every_kind_and_writes_in_place() -> None:
     assert len(costs.total()) == 3
 
 
+def test_copies_of_outputs() -> None:
+    """What is saved is an output; what is carried past a layer is not. A larger one takes longer."""
+    net = pk.Skip(
+        nn.Linear(4, 2048), pk.Skip.save("large"), nn.Linear(2048, 4), nn.ReLU(), pk.Skip.join("large", lambda a, b: a)
+    )
+    costs = pk.profile(net, torch.randn(512, 4))
+    assert min(costs.copy[0], costs.copy[1]) > max(costs.copy[2:])
+
+
 @pytest.mark.parametrize(("costs", "text"), [([], "at least 0"), ([1.0, -2.0], r"\[1.0, -2.0\].*at least 0")])
 def test_given_costs_that_are_none(costs: list[float], text: str) -> None:
     with pytest.raises(pk.ConfigError, match=text):

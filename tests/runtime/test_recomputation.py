@@ -27,7 +27,10 @@ def _costs(**changed: Any) -> pk.LayerCosts:
     """Of six equal layers: each keeps 1000 bytes, or 100 if it runs again, which takes 3 µs; round numbers."""
     names, equal = tuple(map(str, range(BLOCKS))), (3.0,) * BLOCKS
     kept, added = ((1000, 600, 100),) * BLOCKS, ((0, 2, 3),) * BLOCKS
-    costs = pk.LayerCosts(names, equal, equal, equal, kept, added, (0,) * BLOCKS, (64,) * BLOCKS, (0,) * BLOCKS)
+    nothing, outputs = (0,) * BLOCKS, (64,) * BLOCKS
+    costs = pk.LayerCosts(
+        names, equal, equal, equal, kept=kept, added=added, waiting=nothing, outputs=outputs, ends=nothing
+    )
     return replace(costs, **changed)
 
 

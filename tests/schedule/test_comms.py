@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from random import Random
 
 import pytest
@@ -20,6 +21,25 @@ def test_golden_program() -> None:
     ]
     assert program.slots == {(0, 1): 3, (1, 0): 2}
     assert len(program.order) == 16
+
+
+def test_golden_skip() -> None:
+    """From stage 0 to stage 2, past stage 1: received in the order of stages, its slots held until the last use."""
+    program = build("1f1b", ranks=3, microbatches=2).program([(0, 2)])
+    assert " ".join(map(str, program.instructions[0])).startswith(
+        "0F0 0SEND_F0 0SEND_F0 0F1 0SEND_F1 0SEND_F1 0RECV_B0"
+    )
+    assert [one.peer for one in program.instructions[0][:6]] == [-1, 1, 2, -1, 1, 2]
+    assert [one.edge for one in program.instructions[2][:2]] == [(1, 2), (0, 2)]
+    back = [one for one in program.instructions[0] if one.op == "RECV_B"]
+    assert [one.edge for one in back] == [(1, 0), (2, 0)] * 2
+    assert program.slots == {(0, 1): 3, (0, 2): 3, (1, 0): 2, (1, 2): 3, (2, 0): 3, (2, 1): 2}
+
+
+@pytest.mark.parametrize("skip", [(0, 1), (2, 0), (-1, 1), (0, 3), (1, 1)])
+def test_a_skip_that_is_none(skip: tuple[int, int]) -> None:
+    with pytest.raises(ScheduleError, match=f"from stage {skip[0]} to stage {skip[1]} of 3: give a stage"):
+        build("1f1b", ranks=3, microbatches=2).program([skip])
 
 
 def test_no_message_between_stages_of_one_rank() -> None:
@@ -78,13 +98,24 @@ def test_every_schedule_runs_in_any_interleaving(name: str, forward: bool) -> No
 def test_random_schedules_run_in_any_interleaving(seed: int) -> None:
     random = Random(seed)
     schedule = random_schedule(random)
-    verify(schedule, random)
-    verify(schedule.forward_only(), random)
+    for skips in ([], _some_skips(schedule, random)):
+        verify(schedule, random, skips)
+        verify(schedule.forward_only(), random, skips)
 
 
-def verify(schedule: Schedule, random: Random) -> None:
+def _some_skips(schedule: Schedule, random: Random) -> list[tuple[int, int]]:
+    """Pairs of stages of one chain with others between them."""
+    pairs = [(a, b) for a in range(schedule.stages) for b in range(a + 2, schedule.stages)]
+    return [(a, b) for a, b in pairs if a // schedule.depth == b // schedule.depth and random.random() < 0.5]
+
+
+def verify(schedule: Schedule, random: Random, skips: Collection[tuple[int, int]] = ()) -> None:
     """The program has the schedule's actions, matches every message, and runs in its own order and in any other."""
-    program = schedule.program()
+    program = schedule.program(skips)
+    home = schedule.stage_rank
+    for a, b in skips:
+        carried = [one.microbatch for one in program.instructions[home[a]] if one.op == "SEND_F" and one.edge == (a, b)]
+        assert sorted(carried) == [i for i in range(schedule.units) if a in schedule.path(i) and home[a] != home[b]]
     computed = [[str(one) for one in row if "_" not in one.op] for row in program.instructions]
     assert computed == [[str(action) for action in row] for row in schedule.actions]
     every = [(rank, index) for rank, row in enumerate(program.instructions) for index in range(len(row))]
@@ -111,11 +142,13 @@ def run_in(program: Program, order: list[tuple[int, int]] | None, random: Random
                 landed[edge].append(queue.popleft())
 
     def step(rank: int) -> bool:
-        op, stage, microbatch = rows[rank][position[rank]]
+        op, stage, microbatch, peer = rows[rank][position[rank]]
         if op.startswith("SEND"):
-            sent[stage, stage + 1 if op == "SEND_F" else stage - 1].append(microbatch)
+            assert (peer > stage) == (op == "SEND_F")
+            sent[stage, peer].append(microbatch)
         elif op.startswith("RECV"):
-            edge = (stage - 1 if op == "RECV_F" else stage + 1, stage)
+            edge = peer, stage
+            assert (peer < stage) == (op == "RECV_F")
             if not landed[edge]:
                 return False
             assert landed[edge].popleft() == microbatch

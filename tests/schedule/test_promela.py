@@ -83,6 +83,18 @@ def test_no_interleaving_fails(name: str, ranks: int, microbatches: int, tmp_pat
 
 
 @spin
+@pytest.mark.parametrize(
+    ("name", "ranks", "skips"),
+    [("1f1b", 3, [(0, 2)]), ("interleaved-1f1b", 2, [(0, 3), (0, 2)]), ("zb-h1", 3, [(0, 2)])],
+)
+def test_no_interleaving_with_skips_fails(name: str, ranks: int, skips: list[tuple[int, int]], tmp_path: Path) -> None:
+    """Links past stages, with slots of their own."""
+    program = build(name, ranks=ranks, microbatches=ranks).program(skips)
+    assert (0, max(program.schedule.stages - 1, 2)) in program.slots
+    assert explore(model(program), tmp_path) == []
+
+
+@spin
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "ranks", "microbatches"), programs(RUNNABLE, 4, 6))
 def test_no_interleaving_of_a_runnable_schedule_fails(name: str, ranks: int, microbatches: int, tmp_path: Path) -> None:
