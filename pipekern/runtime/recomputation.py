@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from pipekern.errors import ConfigError
@@ -18,7 +19,7 @@ _STATES = 4  # a trained weight, its gradient, and two moments of Adam
 
 
 def recomputation(options: Options, stages: Sequence[Sequence[Unit]], program: Program) -> list[list[str]]:
-    """How each unit runs, by stage; one of ``CHOICES``. Raises ``ConfigError``."""
+    """How each unit runs, by stage; one of ``CHOICES``. What is chosen goes to the log. Raises ``ConfigError``."""
     if options.recompute != "auto":
         return [[options.recompute] * len(units) for units in stages]
     costs = options.split
@@ -34,7 +35,10 @@ def recomputation(options: Options, stages: Sequence[Sequence[Unit]], program: P
         last.append(first + len(units) - 1)
         rows.append([_ways(costs, unit, unit == first, unit == last[-1]) for unit in range(first, last[-1] + 1)])
     fixed = _fixed(stages, [costs.outputs[unit] for unit in last], program)
-    return choose_recompute(program.schedule, rows, fixed, _limits(options, program.schedule.ranks))
+    chosen = choose_recompute(program.schedule, rows, fixed, _limits(options, program.schedule.ranks))
+    text = "; ".join(f"stage {stage}: {' '.join(hows)}" for stage, hows in enumerate(chosen))
+    logging.getLogger("pipekern").info("recompute='auto' chooses %s", text)
+    return chosen
 
 
 def _limits(options: Options, ranks: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -60,6 +61,12 @@ def test_golden() -> None:
     assert first == ["full"] * 3  # 2 · 300 + 900
     assert sorted(second) == ["full", "full", "full"]
     assert _chosen(memory=1e9) == [["none"] * 3] * 2
+
+
+def test_what_is_chosen_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "pipekern")
+    _chosen(memory=1e9)
+    assert "recompute='auto' chooses stage 0: none none none; stage 1: none none none" in caplog.messages
 
 
 def _footprints(kind: str, seed: int) -> tuple[pk.LayerCosts, list[list[list[int]]]]:
