@@ -63,6 +63,7 @@ class Loss:
         samples.
         """
         self._values: list[torch.Tensor] = []
+        self._factors: list[float] = []
         self._counts: list[torch.Tensor] = []
         if not targets:
             return
@@ -88,7 +89,8 @@ class Loss:
                 ".mean()"
             )
         loss = loss.reshape(())
-        self._values.append(loss.detach() * weight)
+        self._values.append(loss.detach())
+        self._factors.append(weight)
         return loss, weight
 
     def _pair(self, pair: tuple[Any, ...]) -> torch.Tensor:
@@ -103,10 +105,12 @@ class Loss:
         if not self._values:
             return Verdict(None)
         values = torch.stack(self._values)
+        factors = torch.tensor(self._factors, dtype=torch.float64).to(values.device, non_blocking=True)
+        total = torch.dot(values.double(), factors)
         if not self._counts:
-            return Verdict(values.sum())
+            return Verdict(total.to(values.dtype))
         divisor = torch.stack(self._counts).sum()
-        return Verdict((values.double().sum() / divisor).to(values.dtype), float(divisor))
+        return Verdict((total / divisor).to(values.dtype), float(divisor))
 
 
 def _target_weight(loss_fn: nn.Module, target: torch.Tensor) -> float:

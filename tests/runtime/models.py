@@ -127,13 +127,18 @@ KINDS: dict[str, Kind] = {
 
 
 def build(kind: str, seed: int) -> Any:
+    """See :func:`make`."""
+    return make(KINDS[kind], seed)
+
+
+def make(kind: Kind, seed: int) -> Any:
     """The same module, in float64, on every rank and in every run with this seed; specs as they are."""
     torch.manual_seed(seed)
-    model = KINDS[kind].build()
+    model = kind.build()
     return model.double() if isinstance(model, nn.Module) else model
 
 
-def batches(kind: str, seed: int, samples: int, count: int) -> list[Batch]:
+def batches(kind: Kind, seed: int, samples: int, count: int) -> list[Batch]:
     """``count`` batches of random size from ``samples`` to ``samples + 3``, the same wherever the seed is."""
     torch.manual_seed(seed + 1)
-    return [KINDS[kind].batch(samples + int(torch.randint(0, 4, ()))) for _ in range(count)]
+    return [kind.batch(samples + int(torch.randint(0, 4, ()))) for _ in range(count)]

@@ -9,20 +9,22 @@ from torch import Tensor, nn
 
 import pipekern as pk
 from tests.runtime import reference
-from tests.runtime.models import KINDS, batches, build
+from tests.runtime.models import KINDS, batches, make
+from tests.runtime.payloads import PAYLOADS
 
-STEPS = 5
+ALL = KINDS | PAYLOADS
 TOLERANCE = 1e-12
 
 
 class Case(NamedTuple):
-    """What is trained, and how."""
+    """What is trained, and how; ``steps`` by an optimizer, after two that add up."""
 
     kind: str
     schedule: str
     ranks: int
     microbatches: int
     transport: str = "auto"
+    steps: int = 5
 
     def __str__(self) -> str:
         return f"{self.kind}, {self.schedule}, {self.ranks} ranks, {self.microbatches} micro-batches, {self.transport}"
@@ -37,7 +39,7 @@ class Trained(NamedTuple):
     summed: dict[str, Any]  # after a second one without zero_grad
     evaluated: Tensor  # loss
     outputs: Any  # of the same batch, None on all ranks but the last stage's
-    final: dict[str, Any]  # parameters and buffers after STEPS of AdamW
+    final: dict[str, Any]  # parameters and buffers after steps of AdamW
 
 
 def allowed(case: Case) -> bool:
@@ -51,9 +53,9 @@ def allowed(case: Case) -> bool:
 
 def train(case: Case, seed: int) -> Trained:
     """By the pipeline. Fails where evaluation changes a bit of any gradient, buffer or random state."""
-    model = build(case.kind, seed)
-    kind = KINDS[case.kind]
-    data = batches(case.kind, seed, 2 * case.microbatches, STEPS + 2)
+    kind = ALL[case.kind]
+    model = make(kind, seed)
+    data = batches(kind, seed, 2 * case.microbatches, case.steps + 2)
     options: dict[str, Any] = {"schedule": case.schedule, "transport": case.transport, "timeout": 30.0}
     with pk.Pipeline(
         model, loss_fn=kind.loss_fn, microbatches=case.microbatches, ranks=case.ranks, seed=seed, **options
@@ -76,11 +78,12 @@ def train(case: Case, seed: int) -> Trained:
 
 def wanted(case: Case, seed: int, initial: dict[str, Any]) -> Trained:
     """By the unsplit model, from the same weights."""
-    model, kind = build(case.kind, seed), KINDS[case.kind]
+    kind = ALL[case.kind]
+    model = make(kind, seed)
     if not isinstance(model, nn.Module):
         model = nn.Sequential(*(spec.build(0, 0) for spec in model))
         model.load_state_dict(initial)
-    data = batches(case.kind, seed, 2 * case.microbatches, STEPS + 2)
+    data = batches(kind, seed, 2 * case.microbatches, case.steps + 2)
     parts = case.microbatches if kind.coupled else 1
     begin = _copies(model.state_dict())
     loss = reference.step(model, kind.loss_fn, *data[0], parts)
@@ -117,10 +120,12 @@ def merged(runs: list[Trained]) -> Trained:
     return Trained(columns[0], runs[0].loss, columns[1], columns[2], runs[0].evaluated, outputs[0], columns[3])
 
 
-def compare(case: Case, runs: list[Trained], seed: int) -> None:
-    """Fail unless the processes' runs together equal the unsplit model's."""
+def compare(case: Case, runs: list[Trained], seed: int, known: dict[Any, Trained] | None = None) -> None:
+    """Fail unless the processes' runs together equal the unsplit model's, which ``known`` remembers."""
     got = merged(runs)
-    want = wanted(case, seed, got.initial)
+    known = {} if known is None else known
+    what = case.kind, case.microbatches, case.steps, tuple(_rates(case).items())
+    want = known.get(what) or known.setdefault(what, wanted(case, seed, got.initial))
     assert reference.distance(got.initial, want.initial) == 0.0, f"{case}: other weights at the start"
     for name in ("loss", "gradients", "summed", "evaluated", "outputs", "final"):
         a, b = getattr(got, name), getattr(want, name)
