@@ -160,7 +160,7 @@ class _Watched(Stage):
 
     def _note_backward(self, microbatch: int, of: str) -> None:
         what = f"the gradient of {of} at {self._place} is not finite, all forwards are"
-        self._note(Finding(True, microbatch, -self.index, what))
+        self._note(Finding(True, microbatch, -self.index, what + self._cause(microbatch, scores=False)))
 
 
 def _floating(value: Any) -> Sequence[Tensor]:

@@ -173,6 +173,18 @@ def test_the_first_micro_batch_is_named_of_several(seed: int) -> None:
             pipe.train_step(x, y)
 
 
+def test_a_parameter_that_breaks_the_backward_alone() -> None:
+    """An infinity that a bounded function hides."""
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        first.weight.zero_(), first.bias.fill_(1.0), second.weight.fill_(math.inf)
+    options: dict[str, Any] = {"loss_fn": F.mse_loss, "microbatches": 2, "ranks": 2, "split": [1, 2]}
+    text = r"the gradient of its input at stage 1 \(rank 1\) .* for the parameter 1.weight is not;"
+    pipe = pk.Pipeline(nn.Sequential(first, second, nn.Tanh()), **options)
+    with pipe, pytest.raises(pk.NumericsError, match=text):
+        pipe.train_step(torch.ones(2, 2), torch.zeros(2, 2))
+
+
 def _accumulate(ranks: int, policy: str, seed: int) -> list[dict[str, Any]]:
     """Gradients after a good step, after a bad one, and after a good one again; all without zero_grad."""
     model = make_seeded(lambda: _net(2), seed)
