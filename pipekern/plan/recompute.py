@@ -120,7 +120,7 @@ def _decide(stages: Sequence[Sequence[UnitWays]], moments: Sequence[_Moment], ro
     for unit, counts in rows:
         grown = (_with(plan, unit, way, counts) for plan in plans for way in unit.ways)
         plans = _thinned((plan for plan in grown if plan.peak <= room), room)
-    return min([*plans, _least(start, rows)], key=lambda plan: (plan.peak > room, plan.added, plan.peak))
+    return min([*plans, _least(start, rows)], key=lambda plan: (plan.peak > room, plan.added, plan.again, plan.peak))
 
 
 def _least(start: _Plan, rows: Sequence[tuple[UnitWays, Sequence[int]]]) -> _Plan:
@@ -144,7 +144,7 @@ def _with(plan: _Plan, unit: UnitWays, way: Way, counts: Iterable[int]) -> _Plan
 def _thinned(plans: Iterable[_Plan], room: float) -> list[_Plan]:
     """Of plans that hold the same the fastest; where there are too many, also of those that hold about the same."""
     best: dict[tuple[float, ...], _Plan] = {}
-    for plan in sorted(plans, key=lambda plan: (plan.added, plan.peak)):
+    for plan in sorted(plans, key=lambda plan: plan.added):
         best.setdefault((*plan.loads, plan.again), plan)
     if len(best) <= _MOST:
         return list(best.values())

@@ -111,6 +111,12 @@ def test_a_limit_that_is_tightened_turns_units_on_one_after_the_other() -> None:
     assert {row[0] for row in seen} == set(range(7))
 
 
+def test_nothing_runs_again_for_nothing() -> None:
+    """A measured difference may be 0; where memory is enough, all is kept."""
+    free = _unit((100, 0), (60, 0), (10, 8))
+    assert choose_recompute(build("1f1b", ranks=1, microbatches=1), [[free] * 3], [0], [300]) == [["none"] * 3]
+
+
 def test_many_different_units() -> None:
     """Fast, within the limit, and near the best: the time of a fraction of the units, the cheapest for their bytes."""
     schedule = build("1f1b", ranks=1, microbatches=4)
