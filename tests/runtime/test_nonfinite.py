@@ -14,62 +14,12 @@ from torch.nn import functional as F
 
 import pipekern as pk
 from pipekern.runtime.nonfinite import finite
+from tests.runtime.breaking import BACKWARD, FORWARD, MICROBATCHES, WIDTH, Case, loss_fn, net
 from tests.runtime.parity import same_bits
 from tests.runtime.step import PLACES, chunks, gradients, make_seeded, run
 
 SCHEDULES = pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-v"])
-MICROBATCHES, RANKS, WIDTH = 4, 2, 3
-FORWARD, BACKWARD = 100, 200  # marks: at layer i, in the forward or the backward
-
-
-class Layer(nn.Module):
-    """Breaks where the first column of its input says so; else a product. The column goes along."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__()
-        self.index, self.inner = index, nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, value: Tensor) -> Tensor:
-        mark, h = value[:, :1], self.inner(value[:, 1:].tanh())
-        h = h.masked_fill(mark == FORWARD + self.index, math.inf)
-        root = (h * (mark != BACKWARD + self.index)).square().sum(1, keepdim=True).sqrt()
-        return torch.cat([mark, h + root * 0], 1)  # the slope of a root at 0 is infinite
-
-
-def _loss(output: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(output[:, 1:], target)
-
-
-def _net(layers: int) -> nn.Sequential:
-    return nn.Sequential(*(Layer(i) for i in range(layers)))
-
-
-class Case(NamedTuple):
-    """What goes wrong, and what must be said of it; ``where`` is a stage, or a layer that is a stage."""
-
-    kind: str
-    where: int
-    microbatch: int
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Two samples a micro-batch; a mark or a NaN in the second of the one that is meant."""
-        x, y = torch.randn(2 * MICROBATCHES, 1 + WIDTH), torch.randn(2 * MICROBATCHES, WIDTH)
-        x[:, 0], sample = -1, 2 * self.microbatch + 1
-        if self.kind in ("forward", "backward"):
-            x[sample, 0] = self.where + (FORWARD if self.kind == "forward" else BACKWARD)
-        elif self.kind in ("x", "y"):
-            {"x": x, "y": y}[self.kind][sample, 1] = math.nan
-        return x.double(), y.double()
-
-    def text(self, home: list[int]) -> str:
-        stages = len(home)
-        at = f"first at micro-batch {self.microbatch}: "
-        place = f"stage {self.where} (rank {home[self.where]})"
-        made = f"the {'loss' if self.where == stages - 1 else 'output'} of {place} is not finite"
-        reason = {"x": ", for x is not", "y": ", for y is not", "weight": f", for the parameter {self.where}"}
-        if self.kind != "backward":
-            return at + made + reason.get(self.kind, "")
-        return f"at {place} is not finite, all forwards are"
+RANKS = 2
 
 
 def _cases(stages: int) -> list[Case]:
@@ -101,8 +51,8 @@ def _try_all(ranks: int, schedule: str, policy: str, seed: int, stages: int) -> 
     """All cases, one after the other, in one pipeline."""
     options: dict[str, Any] = {"schedule": schedule, "on_nonfinite": policy, "microbatches": MICROBATCHES}
     seen = []
-    model = make_seeded(lambda: _net(stages), seed)
-    with pk.Pipeline(model, loss_fn=_loss, ranks=ranks, timeout=20.0, **options) as pipe:
+    model = make_seeded(lambda: net(stages), seed)
+    with pk.Pipeline(model, loss_fn=loss_fn, ranks=ranks, timeout=20.0, **options) as pipe:
         for case in _cases(stages):
             seen.append(_try(pipe, case))
     return seen
@@ -131,8 +81,11 @@ def _try(pipe: pk.Pipeline, case: Case) -> Seen:
 def test_golden() -> None:
     """A NaN in the second of two micro-batches."""
     x, y = torch.tensor([[1.0], [math.nan]]), torch.zeros(2, 1)
-    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-    with pk.Pipeline(net, loss_fn=F.mse_loss, microbatches=2, ranks=2) as pipe, pytest.raises(pk.NumericsError) as seen:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    with (
+        pk.Pipeline(model, loss_fn=F.mse_loss, microbatches=2, ranks=2) as pipe,
+        pytest.raises(pk.NumericsError) as seen,
+    ):
         pipe.train_step(x, y)
     assert str(seen.value) == (
         "step 0 is not finite (loss nan), first at micro-batch 1: the output of stage 0 (rank 0) is not finite, for x "
@@ -164,8 +117,8 @@ def test_the_first_micro_batch_is_named_of_several(seed: int) -> None:
     """In the order of the unsplit model: micro-batches before stages, forwards before backwards."""
     x, y = Case("good", 0, 0).batch()
     x[[2, 4, 6], 0] = torch.tensor([BACKWARD + 3.0, FORWARD + 1.0, FORWARD + 0.0], dtype=x.dtype)
-    model = make_seeded(lambda: _net(4), seed)
-    with pk.Pipeline(model, loss_fn=_loss, microbatches=4, ranks=2, schedule="zb-v") as pipe:
+    model = make_seeded(lambda: net(4), seed)
+    with pk.Pipeline(model, loss_fn=loss_fn, microbatches=4, ranks=2, schedule="zb-v") as pipe:
         with pytest.raises(pk.NumericsError, match="micro-batch 2: the output of stage 1 "):
             pipe.train_step(x, y)
         x[[4, 6], 0] = BACKWARD + torch.tensor([1.0, 3.0], dtype=x.dtype)
@@ -187,9 +140,11 @@ def test_a_parameter_that_breaks_the_backward_alone() -> None:
 
 def _accumulate(ranks: int, policy: str, seed: int) -> list[dict[str, Any]]:
     """Gradients after a good step, after a bad one, and after a good one again; all without zero_grad."""
-    model = make_seeded(lambda: _net(2), seed)
+    model = make_seeded(lambda: net(2), seed)
     torch.manual_seed(seed)
-    with pk.Pipeline(model, loss_fn=_loss, microbatches=4, ranks=ranks, on_nonfinite=policy, schedule="zb-h1") as pipe:
+    with pk.Pipeline(
+        model, loss_fn=loss_fn, microbatches=4, ranks=ranks, on_nonfinite=policy, schedule="zb-h1"
+    ) as pipe:
         rows = []
         for case in (Case("good", 0, 0), Case("backward", 1, 2), Case("good", 0, 0)):
             pipe.train_step(*case.batch())
@@ -247,8 +202,8 @@ def test_a_batch_that_requires_a_gradient_gets_it_once(seed: int) -> None:
         torch.manual_seed(seed)
         x, y = Case("y", 0, 2).batch()
         x.requires_grad_()
-        model = make_seeded(lambda: _net(2), seed)
-        with pk.Pipeline(model, loss_fn=_loss, microbatches=4, ranks=2, on_nonfinite=policy) as pipe:
+        model = make_seeded(lambda: net(2), seed)
+        with pk.Pipeline(model, loss_fn=loss_fn, microbatches=4, ranks=2, on_nonfinite=policy) as pipe:
             pipe.train_step(x, y)
         assert x.grad is not None
         grads.append(x.grad.nan_to_num())
@@ -284,16 +239,16 @@ def _count_nothing(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
 
 
 def test_a_loss_that_counts_nothing() -> None:
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    pipe = pk.Pipeline(net, loss_fn=_count_nothing, microbatches=2, ranks=2)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    pipe = pk.Pipeline(model, loss_fn=_count_nothing, microbatches=2, ranks=2)
     with pipe, pytest.raises(pk.NumericsError, match=r"loss nan.*does not show.*nothing was counted"):
         pipe.train_step(torch.randn(2, 2), torch.randn(2, 2))
 
 
 def _poisoned(ranks: int, policy: str) -> tuple[str, float, list[bool]]:
     """A gradient that goes bad between step and clipping, as a sum of steps may."""
-    model = make_seeded(lambda: _net(2), 0)
-    with pk.Pipeline(model, loss_fn=_loss, microbatches=4, ranks=ranks, on_nonfinite=policy) as pipe:
+    model = make_seeded(lambda: net(2), 0)
+    with pk.Pipeline(model, loss_fn=loss_fn, microbatches=4, ranks=ranks, on_nonfinite=policy) as pipe:
         pipe.train_step(*Case("good", 0, 0).batch())
         grad = dict(pipe.named_parameters()).get("0.inner.bias", nn.Parameter(torch.zeros(2))).grad
         if grad is not None:
