@@ -38,13 +38,13 @@ def cut_graph(root: nn.Module, arguments: Arguments | None = None) -> list[Piece
     """
     path, layers = layer_list(root)
     arguments = arguments or Arguments.of(root)
-    modes = {module: module.training for module in root.modules()}
+    before = {module: dict(vars(module)) for module in root.modules()}  # modes, and what a forward counts
     try:
         train = _pieces(root.train(), path, layers, arguments)
         evaluate = _pieces(root.eval(), path, layers, arguments)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, attributes in before.items():
+            vars(module).update(attributes)
     if [name for name, _ in train] != [name for name, _ in evaluate]:
         raise ConfigError(
             f"{type(root).__name__} runs other layers in training than in evaluation; the split must be the same in "
