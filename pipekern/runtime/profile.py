@@ -16,7 +16,7 @@ from torch import nn
 
 from pipekern.errors import ConfigError
 from pipekern.runtime.footprint import Run, footprint
-from pipekern.stage.chain import chain
+from pipekern.stage.chain import chains
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.random import preserved
 from pipekern.stage.recompute import CHOICES
@@ -109,7 +109,8 @@ def profile(
 
 def _ways(unit: Unit, index: int, device: torch.device) -> dict[str, Run]:
     """How a unit runs under each of ``CHOICES``."""
-    return {how: partial(chain([unit], [unit.train], index, device, [how]), [0]) for how in CHOICES}
+    made = chains([unit], index, device, *(([unit.train], [how]) for how in CHOICES))
+    return {how: partial(run, [0]) for how, run in zip(CHOICES, made, strict=True)}
 
 
 def _median(unit: Unit, run: Run, value: Any, device: torch.device, repeats: int) -> tuple[float, ...]:

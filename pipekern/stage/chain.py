@@ -15,29 +15,22 @@ from pipekern.stage.replay import Replay
 from pipekern.stage.unit import Unit
 
 Forward = Callable[[Sequence[int], Any], Any]  # of one seed a unit, and a value
+Way = tuple[Sequence[nn.Module], Sequence[str] | None]
 _Run = Callable[[int, Any], Any]
 
 
-def chain(
-    units: Sequence[Unit],
-    modules: Sequence[nn.Module],
-    first: int,
-    device: torch.device,
-    recompute: Sequence[str] | None = None,
-) -> Forward:
-    """``units``, the first of them unit ``first`` of the model, as one function of their seeds and a value.
+def chains(units: Sequence[Unit], first: int, device: torch.device, *ways: Way) -> list[Forward]:
+    """``units``, the first of them unit ``first`` of the model, as functions of their seeds and a value.
 
-    ``modules`` are what they run, in training or in evaluation. ``recompute`` says of each unit what is made again in a
+    A way is what each unit runs (its module in training, or in evaluation), and what of each is made again in a
     backward; None: nothing, and random numbers come as they are.
     """
-    calls = [unit.call(module) for unit, module in zip(units, modules, strict=True)]
-    if recompute is None:
-        runs: list[_Run] = [partial(_unseeded, call) for call in calls]
-    else:
-        seed = generator(device).manual_seed
-        runs = [_run(*each, seed) for each in zip(recompute, calls, modules, strict=True)]
+    rows = [_runs(units, *way, device) for way in ways]
     skeleton = units[0].skeleton
-    return partial(_in_turn, runs) if skeleton is None else Replay(skeleton, first, runs, device)
+    if skeleton is None:
+        return [partial(_in_turn, runs) for runs in rows]
+    replay = Replay(skeleton, first, units[0].train, len(units), device)
+    return [partial(replay, runs) for runs in rows]
 
 
 def _in_turn(runs: Sequence[_Run], keys: Sequence[int], value: Any) -> Any:
@@ -46,8 +39,17 @@ def _in_turn(runs: Sequence[_Run], keys: Sequence[int], value: Any) -> Any:
     return value
 
 
-def _run(recompute: str, call: Callable[[Any], Any], module: nn.Module, seed: Callable[[int], object]) -> _Run:
-    return partial(_seeded, seed, call) if recompute == "none" else Recomputed(call, module, recompute, seed)
+def _runs(
+    units: Sequence[Unit], modules: Sequence[nn.Module], recompute: Sequence[str] | None, device: torch.device
+) -> list[_Run]:
+    calls = [unit.call(module) for unit, module in zip(units, modules, strict=True)]
+    if recompute is None:
+        return [partial(_unseeded, call) for call in calls]
+    seed = generator(device).manual_seed
+    return [
+        partial(_seeded, seed, call) if how == "none" else Recomputed(call, module, how, seed)
+        for how, call, module in zip(recompute, calls, modules, strict=True)
+    ]
 
 
 def _seeded(seed: Callable[[int], object], call: Callable[[Any], Any], key: int, value: Any) -> Any:

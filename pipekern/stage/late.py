@@ -7,7 +7,8 @@ tensor of an earlier stage is a ``FakeTensor``, with shape, dtype and device but
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -23,6 +24,10 @@ _RANDOM = frozenset({
     "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "gumbel_softmax",
 })  # fmt: skip
 
+_IN_PLACE = frozenset(f"__i{name}__" for name in (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift",
+))  # fmt: skip
+
 T = TypeVar("T", Tensor, Tensor | None)
 
 
@@ -34,24 +39,45 @@ def mark(tensor: T) -> T:
 
 
 def is_late(tensor: Tensor) -> bool:
-    return isinstance(tensor, FakeTensor | nn.Parameter) or hasattr(tensor, _MARK)
+    return isinstance(tensor, FakeTensor | nn.Parameter) or getattr(tensor, _MARK, False)
+
+
+def is_known(tensor: Tensor) -> bool:
+    """Whether an operation of the model's own made it."""
+    return hasattr(tensor, _MARK)
+
+
+def refuse_hidden(tensor: Tensor) -> NoReturn:
+    """Raise the ``ConfigError`` for a tensor that is not from the model's own operations, nor a layer's result."""
+    raise ConfigError(
+        f"the model's own forward uses a value of shape {list(tensor.shape)} that left a layer by another way than its "
+        "result (an attribute, a hook: output_hidden_states, output_attentions, output_router_logits), and only one "
+        "stage has it; return it from the layer"
+    )
 
 
 class Tracking(TorchFunctionMode):
     """Follows late tensors through the operations of a model's own code.
 
     Until the stage has ``begun``, what runs has run on an earlier stage: a random number would be another one here, and
-    is an error.
+    is an error. With ``strict`` so is a tensor with a gradient that is not late: it left a layer by another way than
+    its result.
     """
 
-    def __init__(self, begun: bool):
+    def __init__(self, begun: bool, strict: bool):
         super().__init__()
-        self.begun = begun
+        self.begun, self._strict = begun, strict
         self.known: dict[int, tuple[Tensor, Tensor]] = {}  # the stand-in is kept, so that no other gets its id
 
     def find(self, tensor: Tensor) -> Tensor:
         """What is known for a stand-in, else the tensor itself."""
         return self.known[id(tensor)][1] if id(tensor) in self.known else tensor
+
+    def refuse_unknown(self, given: Iterable[Tensor]) -> None:
+        """Raise ``ConfigError`` for what has a gradient and was not followed."""
+        for tensor in given if self._strict else ():
+            if tensor.requires_grad and not is_late(tensor):
+                refuse_hidden(tensor)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = tensors((args, kwargs))
@@ -60,12 +86,14 @@ class Tracking(TorchFunctionMode):
             given = tensors((args, kwargs))
         name = getattr(func, "__name__", "")
         absent = any(isinstance(tensor, FakeTensor) for tensor in given)
-        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        if absent and writes and not isinstance(args[0], FakeTensor):
+        written = _written(name, args, kwargs or {})
+        if absent and any(not isinstance(tensor, FakeTensor) for tensor in written):
             raise ConfigError(
                 f"the model's own forward writes a value of a layer into a tensor by {name}, and on a later stage that "
                 "value is not there; compute a new tensor"
             )
+        if name != "__get__":
+            self.refuse_unknown(given)
         if name in _RANDOM and not absent and not self.begun:
             raise ConfigError(
                 f"the model's own forward draws random numbers ({name}) that stages would draw apart; draw them in a "
@@ -73,6 +101,19 @@ class Tracking(TorchFunctionMode):
             )
         out = func(*args, **(kwargs or {}))
         if any(map(is_late, given)):
-            for tensor in tensors((out, args[0]) if writes else out):
+            if name == "__iter__":
+                rows = list(out)
+                out = iter(rows)
+                written += rows
+            for tensor in tensors((out, written)):
                 mark(tensor)
+        else:
+            for tensor in tensors(out):
+                setattr(tensor, _MARK, False)
         return out
+
+
+def _written(name: str, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes into."""
+    in_place = name in ("__setitem__", *_IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
+    return tensors((args[0] if in_place and args else None, kwargs.get("out")))

@@ -8,6 +8,8 @@ was made so far, and what the next call takes of it.
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,10 +25,10 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import _get_current_function_mode
 
 from pipekern.errors import ConfigError
-from pipekern.stage.late import Tracking, is_late, mark
+from pipekern.stage.late import Tracking, is_known, is_late, mark, refuse_hidden
 from pipekern.stage.random import mix
 from pipekern.stage.skeleton import Skeleton
-from pipekern.transport.value import distinct, map_places, tensors
+from pipekern.transport.value import distinct, map_places, map_tensors, tensors
 
 Run = Callable[[int, Any], Any]  # of a seed and (module, args, kwargs)
 
@@ -36,44 +38,56 @@ class Shape(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
+    requires_grad: bool = False
 
 
 class Crossing(NamedTuple):
     """What goes over a cut: the batch; the calls so far, each a path and the shapes of its result; and the next call's
-    path and the late tensors among its arguments.
+    path, the late tensors among its arguments, and their places there.
     """
 
     batch: Any
     calls: list[tuple[str, Any]]
     following: str
     late: list[Tensor]
+    places: list[int]
 
 
 class Replay:
-    """Units ``first`` … of a model, one run each (``runs``), as a function of what crosses the cut before them.
+    """``count`` units of a model from ``first`` on, whose module is ``module``, as a function of what crosses the cut
+    before them.
 
     The batch itself where ``first`` is 0. Returns what crosses the cut after them, or the model's output.
     """
 
-    def __init__(self, skeleton: Skeleton, first: int, runs: Sequence[Run], device: torch.device):
-        self._skeleton, self._first, self._runs = skeleton, first, runs
+    def __init__(self, skeleton: Skeleton, first: int, module: nn.Module, count: int, device: torch.device):
+        self._skeleton, self._first, self._count = skeleton, first, count
         self._device = device
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        units = range(first, first + len(runs))
-        self._twin = skeleton.twin(units, self._call, lambda t: self._fake(_shape(t)), device)
+        units = range(first, first + count)
+        self._twin = skeleton.twin(units, self._call, self._absent, device, None if first else module)
         self._turn: _Turn | None = None
 
-    def __call__(self, keys: Sequence[int], value: Any) -> Any:
-        """Run the forward on ``value``; call n of unit i starts from a seed made of ``keys[i]`` and n."""
-        given = Crossing(value, [], "", []) if self._first == 0 else value
-        self._turn = turn = _Turn(given, keys)
+    def __call__(self, runs: Sequence[Run], keys: Sequence[int], value: Any) -> Any:
+        """Run the forward on ``value``; unit i by ``runs[i]``, and its call n from a seed made of ``keys[i]`` and n."""
+        given = Crossing(value, [], "", [], []) if self._first == 0 else value
+        whole = self._first == 0 and self._count == len(self._skeleton.names)
+        self._turn = turn = _Turn(given, runs, keys, None if whole else self._twin.kept)
         root = self._twin.follow()
-        positional, named = self._skeleton.arguments.spread(given.batch)
+        written = _versions(tensors(given.batch))
+        positional, named = self._skeleton.arguments.spread(map_places(lambda tensor: tensor, given.batch))
         try:
             with turn:
                 output = root(*positional, **named)
         except _Cut as cut:
-            return Crossing(given.batch, turn.calls, cut.path, cut.late)
+            if _versions(tensors(given.batch)) != written:
+                raise ConfigError(
+                    f"the forward of {type(root).__name__} writes into its batch in place, and the next stage would do "
+                    "so again; write to a copy"
+                ) from None
+            turn.refuse_written()
+            self._twin.refuse_assigned()
+            return Crossing(given.batch, turn.calls, *cut.following)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ConfigError(
                 f"the forward of {type(root).__name__} looks into a value of an earlier stage ({error.func}); move "
@@ -81,12 +95,15 @@ class Replay:
             ) from error
         finally:
             self._turn = None
+        turn.refuse_written()
+        self._twin.refuse_assigned()
+        turn.refuse_strange(tensors(output))
         return self._whole(output)
 
     def _whole(self, output: Any) -> Any:
         """The model's output, which this stage must have made."""
         last = len(self._skeleton.names) - 1
-        if self._first + len(self._runs) <= last:
+        if self._first + self._count <= last:
             raise ConfigError(
                 f"the forward of {type(self._skeleton.root).__name__} ended without a call of "
                 f"{self._skeleton.names[last]}; every layer must be called each time"
@@ -105,8 +122,10 @@ class Replay:
             raise ConfigError(f"{path} was called outside of the model's forward; a stage runs that alone")
         if turn.ahead:
             return map_places(self._fake, turn.made(path), Shape)
-        if unit >= len(self._runs):
-            raise _Cut(path, turn.late(args, kwargs))
+        if unit >= self._count:
+            if turn.awaits(path):  # no layer of this stage was called: what came goes on
+                args, kwargs = turn.enter(path, args, kwargs)
+            raise _Cut(path, *turn.late(args, kwargs))
         if unit < 0:
             raise ConfigError(
                 f"the forward calls {path} after {turn.calls[-1][0]}, which is on a later stage; a cut needs modules "
@@ -114,21 +133,34 @@ class Replay:
             )
         args, kwargs = turn.enter(path, args, kwargs)
         with turn.paused():
-            output = self._runs[unit](turn.key(unit), (module, args, kwargs))
-        turn.calls.append((path, map_places(_shape, output)))
-        return map_places(mark, output)
+            output = turn.runs[unit](turn.key(unit), (module, args, kwargs))
+            turn.calls.append((path, map_places(_shape, output)))
+            # New tensors: what a layer hands back was not late before it, and what a hook took is not what it returned.
+            return map_tensors(lambda tensor: mark(tensor.view_as(tensor)), output)
 
     def _fake(self, shape: Shape) -> Tensor:
         with self._fakes:
-            return torch.empty(shape.shape, dtype=getattr(torch, shape.dtype), device=self._device)
+            fake = torch.empty(shape.shape, dtype=getattr(torch, shape.dtype), device=self._device)
+            return fake.requires_grad_().clone() if shape.requires_grad else fake  # not a leaf: it may be written into
+
+    def _absent(self, tensor: Tensor) -> Tensor:
+        fake = self._fake(Shape(*_shape(tensor)[:2]))
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 class _Turn(Tracking):
-    """One micro-batch in one stage's forward. ``calls`` are those made so far, here and in earlier stages."""
+    """One micro-batch in one stage's forward. ``calls`` are those made so far, here and in earlier stages.
 
-    def __init__(self, given: Crossing, keys: Sequence[int]):
-        super().__init__(begun=not given.following)
-        self.calls = list(given.calls)
+    ``kept`` are the buffers of the model itself, None where one stage is all.
+    """
+
+    def __init__(self, given: Crossing, runs: Sequence[Run], keys: Sequence[int], kept: Sequence[Tensor] | None):
+        strict = kept is not None and not any(tensor.requires_grad for tensor in tensors(given.batch))
+        super().__init__(begun=not given.following, strict=strict)
+        self.runs, self.calls = runs, list(given.calls)
+        self._kept = kept or () if given.following else ()
+        self._versions: list[int] = []
+        self._random = _random_state() if given.following else None
         self._given, self._keys = given, keys
         self._position = 0
         self._count = [0] * len(keys)
@@ -146,23 +178,58 @@ class _Turn(Tracking):
             raise ConfigError(f"the forward calls {path} here, and {wanted} on the stage before: {_ALIKE}")
         return result
 
+    def awaits(self, path: str) -> bool:
+        """Whether the call that the message is for is still to come, and is of ``path``."""
+        return not self.begun and path == self._given.following
+
     def enter(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The arguments of a call of this stage, stand-ins replaced by what came."""
         if not self.begun:
-            absent = [tensor for tensor in distinct(tensors((args, kwargs))) if isinstance(tensor, FakeTensor)]
-            if len(absent) != len(self._given.late) or self._given.following != path:
+            found = distinct(tensors((args, kwargs)))
+            places = [place for place, tensor in enumerate(found) if isinstance(tensor, FakeTensor)]
+            if not self.awaits(path) or places != self._given.places:
                 raise ConfigError(f"the forward calls {path} otherwise than the stage before did: {_ALIKE}")
-            self.known = {id(a): (a, b) for a, b in zip(absent, self._given.late, strict=True)}
+            self._refuse_drawn()
+            self._versions = _versions(self._kept)
+            pairs = [(found[place], mark(late)) for place, late in zip(places, self._given.late, strict=True)]
+            self.known = {id(absent): (absent, late) for absent, late in pairs}
             self.begun = True
         args, kwargs = map_places(self.find, (args, kwargs))
         _refuse_absent(path, args, kwargs)
         return args, kwargs
 
-    def late(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The late tensors among the arguments of a later stage's call."""
+    def refuse_written(self) -> None:
+        """Raise ``ConfigError`` where a buffer that the first stage has was written here."""
+        if self.begun and _versions(self._kept) != (self._versions or _versions(self._kept)):
+            raise ConfigError(
+                "the model's own forward writes into a buffer of its own that the first stage has, after that stage; "
+                "write before the layers, or hold the buffer in a layer"
+            )
+
+    def refuse_strange(self, output: Sequence[Tensor]) -> None:
+        """As ``refuse_unknown``, also for what has no gradient: the model's own operations made all of an output."""
+        self.refuse_unknown(output)
+        plain = {id(tensor) for tensor in (*tensors(self._given.batch), *(self._kept or ()))}
+        for tensor in output if self._strict else ():
+            if not is_late(tensor) and not is_known(tensor) and id(tensor) not in plain:
+                refuse_hidden(tensor)
+
+    def _refuse_drawn(self) -> None:
+        if self._random is not None and self._random != _random_state():
+            raise ConfigError(
+                "the model's own forward draws random numbers of Python or numpy that stages would draw apart; draw "
+                "them in a layer"
+            )
+
+    def late(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[int]]:
+        """The late tensors among the arguments of a later stage's call, and their places."""
+        self._refuse_drawn()
+        self.refuse_unknown(tensors((args, kwargs)))
         args, kwargs = map_places(self.find, (args, kwargs))
         _refuse_absent("the next layer", args, kwargs)
-        return [tensor for tensor in distinct(tensors((args, kwargs))) if is_late(tensor)]
+        found = distinct(tensors((args, kwargs)))
+        places = [place for place, tensor in enumerate(found) if is_late(tensor)]
+        return [found[place] for place in places], places
 
     def key(self, unit: int) -> int:
         """The seed of the next call of this unit."""
@@ -187,9 +254,9 @@ _ALIKE = "it must go the same way on every stage, whatever values and random num
 class _Cut(BaseException):
     """Ends a forward at the first call of a later stage; no ``except Exception`` of a model catches it."""
 
-    def __init__(self, path: str, late: list[Tensor]):
+    def __init__(self, path: str, late: list[Tensor], places: list[int]):
         super().__init__(path)
-        self.path, self.late = path, late
+        self.following = path, late, places
 
 
 def _refuse_absent(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -201,5 +268,16 @@ def _refuse_absent(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             )
 
 
+def _versions(given: Sequence[Tensor]) -> list[int]:
+    return [tensor._version for tensor in given if not tensor.is_inference()]
+
+
+def _random_state() -> Any:
+    """Where the generators of Python and numpy are."""
+    numpy = sys.modules.get("numpy")
+    state = None if numpy is None else numpy.random.get_state()
+    return random.getstate(), None if state is None else (state[1].tobytes(), *state[2:])
+
+
 def _shape(tensor: Tensor) -> Shape:
-    return Shape(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    return Shape(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)

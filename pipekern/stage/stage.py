@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
-from pipekern.stage.chain import chain
+from pipekern.stage.chain import chains
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.unit import Unit
 from pipekern.stage.work import Work
@@ -53,11 +53,9 @@ class Stage:
         self.device = device
         again = recompute or ["none"] * len(units)
         train, evaluate = [unit.train for unit in units], [unit.evaluate for unit in units]
-        self._forward = {
-            True: chain(units, train, first, device, again),
-            False: chain(units, evaluate, first, device, again),
-        }
-        self._evaluate = chain(units, evaluate, first, device)
+        ways = (train, again), (evaluate, again), (evaluate, None)
+        in_training, in_evaluation, self._evaluate = chains(units, first, device, *ways)
+        self._forward = {True: in_training, False: in_evaluation}
         self._keys = keys
         self._stash: dict[int, Stash] = {}
         self._work: dict[int, list[Work]] = {}
