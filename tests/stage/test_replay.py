@@ -329,8 +329,8 @@ def test_training_and_evaluation_share_what_a_forward_counts() -> None:
 
     model, ids = Counts().double(), torch.randint(11, (2, 3))
     units = cut(model, 0)[1]
-    way = [unseeded(unit.call(unit.train)) for unit in units]
-    first, second = chains([way, way], units, 0, CPU)
+    way = [unit.train for unit in units], None
+    first, second = chains(units, 0, CPU, way, way)
     got = first([0] * 5, ids), second([0] * 5, ids)
     assert torch.equal(got[1], 2 * got[0])
 
