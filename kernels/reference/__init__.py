@@ -1,0 +1,22 @@
+"""The twin of every op in plain torch, with the op's signature: what the CPU runs, and what kernels are tested against.
+
+Statistics are float32, or float64 where the input is.
+"""
+
+from .activation import gelu, gelu_backward, swiglu, swiglu_backward
+from .norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward, statistics
+from .rope import rope, rope_
+
+__all__ = [
+    "gelu",
+    "gelu_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "rope_",
+    "statistics",
+    "swiglu",
+    "swiglu_backward",
+]
