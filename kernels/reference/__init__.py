@@ -4,14 +4,20 @@ Statistics are float32, or float64 where the input is.
 """
 
 from .activation import gelu, gelu_backward, swiglu, swiglu_backward
+from .linear import linear_backward_weight
+from .loss import cross_entropy, cross_entropy_backward, cross_entropy_backward_
 from .norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward, statistics
 from .rope import rope, rope_
 
 __all__ = [
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_backward_",
     "gelu",
     "gelu_backward",
     "layer_norm",
     "layer_norm_backward",
+    "linear_backward_weight",
     "rms_norm",
     "rms_norm_backward",
     "rope",

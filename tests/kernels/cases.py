@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipekern.kernels.cross_entropy import cross_entropy
 from pipekern.kernels.gelu import gelu
 from pipekern.kernels.layer_norm import layer_norm
+from pipekern.kernels.linear_backward import linear_backward_input, linear_backward_weight
+from pipekern.kernels.linear_cross_entropy import linear_cross_entropy
 from pipekern.kernels.rms_norm import rms_norm
 from pipekern.kernels.rope import rope, rope_
 from pipekern.kernels.swiglu import swiglu
@@ -52,6 +56,44 @@ def _rope_(device: str) -> Case:
     return rope_, tuple(t.detach() for t in _rope(device)[1])
 
 
+def _cross_entropy(device: str) -> Case:
+    logits, target = _normal(6, 50, device=device), torch.randint(50, (6,), device=device)
+    return partial(cross_entropy, z_loss=1e-3, label_smoothing=0.1), (logits, target)
+
+
+def _cross_entropy_overwrite(device: str) -> Case:
+    logits, target = _normal(6, 50, device=device), torch.randint(50, (6,), device=device)
+    return lambda x, y: cross_entropy(x * 2, y, overwrite=True), (logits, target)
+
+
+def _linear_cross_entropy(device: str) -> Case:
+    x, weight, target = (
+        _normal(6, 8, device=device),
+        _normal(50, 8, device=device),
+        torch.randint(50, (6,), device=device),
+    )
+    return linear_cross_entropy, (x, weight, target)
+
+
+def _linear_cross_entropy_main_grad(device: str) -> Case:
+    _, (x, weight, target) = _linear_cross_entropy(device)
+    main_grad, scale = torch.ones(50, 8, device=device), torch.tensor(0.75, device=device)
+
+    def call(x: Tensor, weight: Tensor, target: Tensor, main_grad: Tensor, scale: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, target, main_grad=main_grad, grad_scale=scale)
+
+    return call, (x, weight, target, main_grad, scale)
+
+
+def _linear_backward_input(device: str) -> Case:
+    return linear_backward_input, (_normal(6, 8, device=device).detach(), _normal(8, 10, device=device).detach())
+
+
+def _linear_backward_weight(device: str) -> Case:
+    dy, x = (_normal(6, n, device=device).detach() for n in (8, 10))
+    return linear_backward_weight, (dy, x, torch.ones(8, 10, device=device))
+
+
 CASES: dict[str, Callable[[str], Case]] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
@@ -60,4 +102,10 @@ CASES: dict[str, Callable[[str], Case]] = {
     "gelu": _gelu,
     "rope": _rope,
     "rope_": _rope_,
+    "cross_entropy": _cross_entropy,
+    "cross_entropy overwrite": _cross_entropy_overwrite,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "linear_cross_entropy main_grad": _linear_cross_entropy_main_grad,
+    "linear_backward_input": _linear_backward_input,
+    "linear_backward_weight": _linear_backward_weight,
 }
