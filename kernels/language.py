@@ -67,9 +67,14 @@ _INTERPRETED = constant(INTERPRETED)
 
 @jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 to ``dtype``, to the nearest, ties to even; the interpreter would cut bfloat16 off."""
+    """float32 to ``dtype``, to the nearest, ties to even; rounded by hand for the interpreter, which does not."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000, bits)
         x = bits.to(tl.float32, bitcast=True)
+    if _INTERPRETED and dtype == tl.float8e4nv:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
+        coarse = (x + 24576.0) - 24576.0  # multiples of 2⁻⁹, for what is below 2⁻⁶
+        x = tl.where(tl.abs(x) < 0.015625, coarse, bits.to(tl.float32, bitcast=True))
     return x.to(dtype)

@@ -18,6 +18,7 @@ from pipekern.errors import ConfigError
 
 from .cross_entropy import check_reduction
 from .library import define
+from .linear_backward import linear_backward_weight
 
 SCRATCH = 2**28  # bytes of logits at a time
 
@@ -67,7 +68,7 @@ def _run(
             torch.mm(logits, weight, out=gradients[part])
         if needs[1]:
             into, beta = (dw, float(start > 0)) if main_grad is None else (main_grad, 1.0)
-            torch.ops.pipekern.linear_backward_weight(logits, rows[part], into, beta)
+            linear_backward_weight(logits, rows[part], into, beta)
         if needs[2]:
             db += logits.sum(0, dtype=db.dtype)
     torch.div(losses.sum(), by, out=loss)

@@ -7,6 +7,7 @@ from .activation import gelu, gelu_backward, swiglu, swiglu_backward
 from .linear import linear_backward_weight
 from .loss import cross_entropy, cross_entropy_backward, cross_entropy_backward_
 from .norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward, statistics
+from .pack import pack, unpack
 from .rope import rope, rope_
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "linear_backward_weight",
+    "pack",
     "rms_norm",
     "rms_norm_backward",
     "rope",
@@ -25,4 +27,5 @@ __all__ = [
     "statistics",
     "swiglu",
     "swiglu_backward",
+    "unpack",
 ]

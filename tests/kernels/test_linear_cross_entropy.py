@@ -55,7 +55,8 @@ def test_as_torch(
     """Token by token, in chunks, at once; gradients of the loss other than 1; with and without bias."""
     monkeypatch.setattr(module, "SCRATCH", scratch)
     x, weight, bias, target = tensors(device, dtype)
-    for options in ({}, {"label_smoothing": 0.1, "z_loss": 1e-3}):
+    smooth: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    for options in ({}, smooth):
         own = partial(own_loss, target=target, reduction=reduction, **options)
         theirs = partial(torch_linear_loss, target=target, reduction=reduction, **options)
         compare(own, theirs, x, weight, bias)
