@@ -25,6 +25,11 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") in 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def element(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype that kernels read."""
+    return dict(zip(FLOATS, (tl.float32, tl.bfloat16, tl.float16), strict=True))[dtype] if triton else None
+
+
 def jit(function: Any) -> Any:
     """``triton.jit``; without Triton a function that nothing launches."""
     return function if triton is None else triton.jit(function)

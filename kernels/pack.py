@@ -135,9 +135,10 @@ define(
 
 def _check(slot: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
     needed = packed_bytes(shape, dtype)
-    if slot.dtype != torch.uint8 or slot.dim() != 1 or not slot.is_contiguous() or slot.storage_offset() % 16:
+    offset = 0 if torch.compiler.is_compiling() else slot.storage_offset()  # the compiler does not know it
+    if slot.dtype != torch.uint8 or slot.dim() != 1 or not slot.is_contiguous() or offset % 16:
         raise ConfigError(
-            f"a slot of {slot.dtype}, shape {tuple(slot.shape)}, {slot.storage_offset()} elements into its memory; it "
+            f"a slot of {slot.dtype}, shape {tuple(slot.shape)}, {offset} elements into its memory; it "
             "must be contiguous bytes (uint8, one dimension) that start at a multiple of 16"
         )
     if len(slot) < needed:

@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipekern.kernels.accumulate import accumulate_
+from pipekern.kernels.adamw_step import adamw_step, hyper_row
 from pipekern.kernels.cross_entropy import cross_entropy
 from pipekern.kernels.gelu import gelu
+from pipekern.kernels.grad_stats import grad_stats
 from pipekern.kernels.layer_norm import layer_norm
 from pipekern.kernels.linear_backward import linear_backward_input, linear_backward_weight
 from pipekern.kernels.linear_cross_entropy import linear_cross_entropy
+from pipekern.kernels.pack import pack, packed_bytes, unpack
 from pipekern.kernels.rms_norm import rms_norm
 from pipekern.kernels.rope import rope, rope_
 from pipekern.kernels.swiglu import swiglu
+from pipekern.kernels.table import Table
 
 Case = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -94,6 +99,46 @@ def _linear_backward_weight(device: str) -> Case:
     return linear_backward_weight, (dy, x, torch.ones(8, 10, device=device))
 
 
+def _pack(device: str) -> Case:
+    x = _normal(6, 200, device=device).detach()
+    slot = torch.zeros(packed_bytes(x.shape, torch.float8_e4m3fn), dtype=torch.uint8, device=device)
+    return lambda x, slot: pack(x, torch.float8_e4m3fn, slot), (x, slot)
+
+
+def _unpack(device: str) -> Case:
+    x = _normal(6, 200, device=device).detach()
+    return lambda slot, out: unpack(slot, out, accumulate=True), (pack(x), torch.ones_like(x))
+
+
+def _lists(count: int, device: str) -> list[list[Tensor]]:
+    return [[torch.randn(shape, device=device) for shape in ((5, 8), (2100,))] for _ in range(count)]
+
+
+def _accumulate(device: str) -> Case:
+    main, grads = _lists(2, device)
+    table = Table(main, grads)
+    return lambda main, grads: accumulate_(table), (main, grads)
+
+
+def _grad_stats(device: str) -> Case:
+    (grads,) = _lists(1, device)
+    table = Table(grads)
+    return lambda grads: grad_stats(table), (grads,)
+
+
+def _adamw_step(device: str) -> Case:
+    params, grads, means, squares = _lists(4, device)
+    squares = [t.square() for t in squares]
+    copies = [t.bfloat16() for t in params]
+    table = Table(params, grads, means, squares, copies)
+    hyper, progress = torch.tensor([hyper_row(0.1)], device=device), torch.zeros(2, dtype=torch.int32, device=device)
+
+    def step(*state: list[Tensor], progress: Tensor) -> None:
+        adamw_step(table, hyper, progress, zero_grads=True)
+
+    return lambda progress, *state: step(*state, progress=progress), (progress, params, grads, means, squares, copies)
+
+
 CASES: dict[str, Callable[[str], Case]] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
@@ -108,4 +153,9 @@ CASES: dict[str, Callable[[str], Case]] = {
     "linear_cross_entropy main_grad": _linear_cross_entropy_main_grad,
     "linear_backward_input": _linear_backward_input,
     "linear_backward_weight": _linear_backward_weight,
+    "pack": _pack,
+    "unpack": _unpack,
+    "accumulate_": _accumulate,
+    "grad_stats": _grad_stats,
+    "adamw_step": _adamw_step,
 }
