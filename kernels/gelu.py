@@ -92,7 +92,7 @@ def _backward_kernel(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: st
     check_floats(dy=dy)
     dx, db = _backward_fake(dy, x, bias, approximate)
     rows, block, warps, _ = pieces(x.shape[-1])
-    across = -(-x.shape[-1] // block)
+    across = max(-(-x.shape[-1] // block), 1)
     partials: list[Tensor] = []
     for slab in slabs(dy, x, dx):
         of_dy, of_x, (of_dx, *_) = slab.tensors

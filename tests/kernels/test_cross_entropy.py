@@ -44,8 +44,7 @@ def test_golden(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("classes", [1, 33, 9000])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("classes", "reduction"), [(1, "mean"), (33, "none"), (33, "sum"), (9000, "mean")])
 def test_as_torch(dtype: torch.dtype, classes: int, reduction: str, device: str) -> None:
     """Gradients of the loss other than 1, too; a third of the targets ignored."""
     logits = 3 * torch.randn(2, 5, classes, device=device).to(dtype)
@@ -68,8 +67,8 @@ def test_confident_logits(gap: float, offset: float, device: str) -> None:
     exact = logits.detach().double().requires_grad_()
     want = F.cross_entropy(exact, target, reduction="none")
     (exact_grad,) = torch.autograd.grad(want.sum(), exact)
-    assert loss.tolist() == pytest.approx(want.tolist(), rel=3e-6)
-    assert grad[range(4), target].tolist() == pytest.approx(exact_grad[range(4), target].tolist(), rel=3e-6)
+    assert loss.tolist() == pytest.approx(want.tolist(), rel=1e-5)
+    assert grad[range(4), target].tolist() == pytest.approx(exact_grad[range(4), target].tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

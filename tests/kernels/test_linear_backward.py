@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from pipekern import ConfigError
+from pipekern.kernels.language import INTERPRETED
 from pipekern.kernels.linear_backward import linear_backward_input, linear_backward_weight
 
 from .accuracy import DTYPES, close
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="has no kernel of its own")
 
 
 def test_golden(device: str) -> None:

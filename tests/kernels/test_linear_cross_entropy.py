@@ -14,10 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from pipekern import ConfigError
 from pipekern.kernels import linear_cross_entropy as module
+from pipekern.kernels.language import INTERPRETED
 from pipekern.kernels.linear_cross_entropy import linear_cross_entropy
 
 from .accuracy import DTYPES, close, compare
 from .test_cross_entropy import torch_loss
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="has no kernel of its own")
 
 
 def torch_linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, **options: Any) -> Tensor:

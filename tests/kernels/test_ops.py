@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.optests.generate_tests import DEFAULT_TEST_UTILS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -16,6 +17,7 @@ from pipekern.kernels.language import INTERPRETED
 from .cases import CASES
 
 ALL = pytest.mark.parametrize("name", CASES)
+UTILITIES = ("test_schema", "test_faketensor") if INTERPRETED else DEFAULT_TEST_UTILS
 NOT_INTERPRETED = pytest.mark.skipif(INTERPRETED, reason="nothing of this is the interpreter's")
 
 
@@ -74,7 +76,7 @@ def test_opcheck(name: str, device: str) -> None:
     for i, (function, arguments, options) in enumerate(seen.calls):
         if i == 0 and trained and not function._schema.is_mutable:  # those behind it are the backward's
             arguments = tree_map(_differentiable, arguments)
-        torch.library.opcheck(function, arguments, options)
+        torch.library.opcheck(function, arguments, options, test_utils=UTILITIES)
 
 
 @ALL
