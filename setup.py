@@ -110,7 +110,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["pipekern", "pipekern.*"]), "pipekern.kernels"],
+    packages=[*find_packages(include=["pipekern", "pipekern.*"]), "pipekern.kernels", "pipekern.kernels.reference"],
     package_dir={"pipekern.kernels": "kernels"},
     ext_modules=[Extension("pipekern._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,0 +1,84 @@
+"""Every kernel compiled for an H100 or H200, without one: what the machine code must be and must not be."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipekern.kernels.language import INTERPRETED
+
+if importlib.util.find_spec("triton") is None or INTERPRETED:
+    pytest.skip("needs Triton's compiler: pip install triton", allow_module_level=True)
+
+from benchmarks import kernels_sm90
+from benchmarks.kernels_sm90 import SIZES, compile_call, measure, meta, recorded
+from pipekern.kernels import rms_norm, swiglu
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+NARROW = {"grad_stats._totals"}  # strided partial sums, a few hundred of them
+
+
+def check(rows: list[dict[str, object]]) -> None:
+    for row in rows:
+        assert row["f64"] == 0, row
+        assert row["stack_bytes"] == 0, row
+        assert row["wide_loads"] or row["kernel"] in NARROW, row
+
+
+def test_golden() -> None:
+    """SwiGLU in bfloat16, 32 elements a thread: 8 loads and 4 stores of 16 bytes, and no other."""
+    x = meta(8192, 4096, dtype=torch.bfloat16)
+    with recorded() as calls:
+        swiglu._kernel(x, x)
+    ptx = compile_call(calls[0]).ptx
+    assert len(re.findall(r"ld\.global[\w.:]*\.v4", ptx)) == len(re.findall(r"ld\.global", ptx)) == 8
+    assert len(re.findall(r"st\.global[\w.:]*\.v4", ptx)) == len(re.findall(r"st\.global", ptx)) == 4
+
+
+@pytest.mark.parametrize("calls", SIZES, ids=lambda calls: calls.__name__)
+def test_no_double_precision_no_spills_wide_loads(calls: kernels_sm90.Calls) -> None:
+    """One size of bfloat16; ``make test-all`` has them all."""
+    check(measure(torch.bfloat16, calls, SIZES[calls][-1]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("calls", SIZES, ids=lambda calls: calls.__name__)
+def test_all_sizes(calls: kernels_sm90.Calls, dtype: torch.dtype) -> None:
+    for size in SIZES[calls]:
+        check(measure(dtype, calls, size))
+
+
+def test_no_kernel_is_left_out() -> None:
+    """What is launched anywhere in kernels/ is in the record."""
+    launched = set()
+    for path in KERNELS.glob("*.py"):
+        names = re.findall(r"launch\(\s*(\w+),", path.read_text())
+        launched |= {f"{path.stem}.{name}" for name in names if name.startswith("_")}
+    launched |= {"pack._pack", "pack._unpack"}  # by a variable
+    with recorded() as calls:
+        for call, sizes in SIZES.items():
+            call(torch.bfloat16, sizes[0])
+    assert {f"{call.kernel.__module__.rpartition('.')[2]}.{call.kernel.__name__}" for call in calls} == launched
+
+
+@pytest.mark.parametrize("columns", [50, 1000])
+def test_unaligned_rows_are_right_and_narrow(columns: int) -> None:
+    """Rows that are no multiple of 16 elements have loads of one element; the compiler must know that they do."""
+    x = meta(64, columns, dtype=torch.bfloat16)
+    with recorded() as calls:
+        rms_norm._kernel(x, None, None, 1e-6)
+    assert not re.findall(r"ld\.global[\w.:]*\.v4", compile_call(calls[0]).ptx)
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """Offsets are 64 bits wide: sizes beyond 2³¹ compile, and their strides are passed as such."""
+    x = torch.empty_strided((4, 2048), (2**31, 1), dtype=torch.bfloat16, device="meta")
+    with recorded() as calls:
+        rms_norm._kernel(x, None, None, 1e-6)
+    assert calls[0].arguments["x0"] == 2**31
+    assert compile_call(calls[0]).stack == 0
