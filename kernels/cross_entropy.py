@@ -191,8 +191,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dloss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     logits, *saved = ctx.saved_tensors
+    if dloss is None:
+        return (None,) * 8
     if ctx.overwrite:
         grad = logits.detach()
         torch.ops.pipekern.cross_entropy_backward_(dloss, grad, *saved, *ctx.options)
