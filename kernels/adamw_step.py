@@ -37,14 +37,14 @@ def _factor(stats, count, grad_scale, max_norm, BLOCK: tl.constexpr):
     wrong = tl.zeros((BLOCK,), tl.float32)
     factor = tl.full((), 1, tl.float32)
     if grad_scale is not None:
-        factor = 1 / tl.load(grad_scale).to(tl.float32)
+        factor = tl.div_rn(factor, tl.load(grad_scale).to(tl.float32))
     if stats is not None:
         for first in range(0, count, BLOCK):
             at = first + tl.arange(0, BLOCK)
             squares += tl.load(stats + 2 * at, at < count, 0)
             wrong += tl.load(stats + 2 * at + 1, at < count, 0)
-        norm = tl.sqrt(tl.sum(squares, 0)) * factor
-        factor *= tl.where(max_norm < float("inf"), tl.minimum(max_norm / (norm + 1e-6), 1), 1)
+        norm = tl.sqrt_rn(tl.sum(squares, 0)) * factor
+        factor *= tl.where(max_norm < float("inf"), tl.minimum(tl.div_rn(max_norm, norm + 1e-6), 1), 1)
     return factor, tl.sum(wrong, 0) == 0
 
 
@@ -84,8 +84,8 @@ def _update(
 def _rates(hyper, t):
     """From a group's row: what moves and shrinks a parameter, and what is new in a moment, in step ``t``."""
     lr = tl.load(hyper)
-    rate = lr / _one_minus_power(tl.load(hyper + 3), t)
-    root = 1 / tl.sqrt(_one_minus_power(tl.load(hyper + 4), t))
+    rate = tl.div_rn(lr, _one_minus_power(tl.load(hyper + 3), t))
+    root = tl.div_rn(1.0, tl.sqrt_rn(_one_minus_power(tl.load(hyper + 4), t)))
     return rate, 1 - lr * tl.load(hyper + 6), tl.load(hyper + 1), tl.load(hyper + 2), root, tl.load(hyper + 5)
 
 
