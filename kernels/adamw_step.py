@@ -37,14 +37,14 @@ def _factor(stats, count, grad_scale, max_norm, BLOCK: tl.constexpr):
     wrong = tl.zeros((BLOCK,), tl.float32)
     factor = tl.full((), 1, tl.float32)
     if grad_scale is not None:
-        factor = 1 / tl.load(grad_scale).to(tl.float32)
+        factor = tl.div_rn(factor, tl.load(grad_scale).to(tl.float32))
     if stats is not None:
         for first in range(0, count, BLOCK):
             at = first + tl.arange(0, BLOCK)
             squares += tl.load(stats + 2 * at, at < count, 0)
             wrong += tl.load(stats + 2 * at + 1, at < count, 0)
-        norm = tl.sqrt(tl.sum(squares, 0)) * factor
-        factor *= tl.where(max_norm < float("inf"), tl.minimum(max_norm / (norm + 1e-6), 1), 1)
+        norm = tl.sqrt_rn(tl.sum(squares, 0)) * factor
+        factor *= tl.where(max_norm < float("inf"), tl.minimum(tl.div_rn(max_norm, norm + 1e-6), 1), 1)
     return factor, tl.sum(wrong, 0) == 0
 
 
@@ -81,6 +81,51 @@ def _update(
 
 
 @jit
+def _rates(hyper, t):
+    """From a group's row: what moves and shrinks a parameter, and what is new in a moment, in step ``t``."""
+    lr = tl.load(hyper)
+    rate = tl.div_rn(lr, _one_minus_power(tl.load(hyper + 3), t))
+    root = tl.div_rn(1.0, tl.sqrt_rn(_one_minus_power(tl.load(hyper + 4), t)))
+    return rate, 1 - lr * tl.load(hyper + 6), tl.load(hyper + 1), tl.load(hyper + 2), root, tl.load(hyper + 5)
+
+
+@jit
+def _sweep(
+    row, start, end, finite, factor, rate, keep, c1, c2, root, eps, key,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, COPY: tl.constexpr, STOCHASTIC: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The elements from ``start`` to ``end`` of a row; full blocks of aligned tensors by 16-byte accesses."""
+    together = tl.load(row + 3) | tl.load(row + 4) | tl.load(row + 5) | tl.load(row + 6)
+    param = tl.load(row + 3).to(tl.pointer_type(PARAM))
+    grad = tl.load(row + 4).to(tl.pointer_type(GRAD))
+    mean = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+    square = tl.load(row + 6).to(tl.pointer_type(tl.float32))
+    copy = None
+    wide = None
+    if COPY is not None:
+        together |= tl.load(row + 7)
+        copy = tl.load(row + 7).to(tl.pointer_type(COPY))
+        wide = tl.multiple_of(copy, 16)
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        if not finite:
+            if ZERO:
+                tl.store(grad + at, tl.zeros((BLOCK,), GRAD), at < end)
+        elif (together % 16 == 0) & (first + BLOCK <= end):
+            _update(
+                tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(mean, 16),
+                tl.multiple_of(square, 16), wide, at, None,
+                factor, rate, keep, c1, c2, root, eps, key, STOCHASTIC, ZERO,
+            )  # fmt: skip
+        else:
+            _update(
+                param, grad, mean, square, copy, at, at < end,
+                factor, rate, keep, c1, c2, root, eps, key, STOCHASTIC, ZERO,
+            )  # fmt: skip
+
+
+@jit
 def _step(
     rows, owners, hyper, progress, stats, grad_scale, count,
     PARAM: tl.constexpr, GRAD: tl.constexpr, COPY: tl.constexpr, STOCHASTIC: tl.constexpr, ZERO: tl.constexpr,
@@ -89,51 +134,14 @@ def _step(
     """A program makes one chunk; the last to end counts the step, after all have read how many there were."""
     owner, row, start, end = chunk(rows, owners, 7 if COPY is None else 8)
     hyper += tl.load(row + 2) * 8
-    lr = tl.load(hyper)
-    c1 = tl.load(hyper + 1)
-    c2 = tl.load(hyper + 2)
     taken = tl.load(progress)
-    t = (taken + 1).to(tl.float32)
-    rate = lr / _one_minus_power(tl.load(hyper + 3), t)
-    root = 1 / tl.sqrt(_one_minus_power(tl.load(hyper + 4), t))
-    eps = tl.load(hyper + 5)
-    keep = 1 - lr * tl.load(hyper + 6)
+    rate, keep, c1, c2, root, eps = _rates(hyper, (taken + 1).to(tl.float32))
     factor, finite = _factor(stats, count, grad_scale, tl.load(hyper + 7), 1024)
     key = _mix(_mix(owner.to(tl.uint32)) ^ taken.to(tl.uint32))
-    param = tl.load(row + 3)
-    grad = tl.load(row + 4)
-    mean = tl.load(row + 5)
-    square = tl.load(row + 6)
-    together = param | grad | mean | square
-    copy = None
-    if COPY is not None:
-        address = tl.load(row + 7)
-        together |= address
-        copy = address.to(tl.pointer_type(COPY))
-    aligned = together % 16 == 0
-    param = param.to(tl.pointer_type(PARAM))
-    grad = grad.to(tl.pointer_type(GRAD))
-    mean = mean.to(tl.pointer_type(tl.float32))
-    square = square.to(tl.pointer_type(tl.float32))
-    for first in range(start, end, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        if not finite:
-            if ZERO:
-                tl.store(grad + at, tl.zeros((BLOCK,), GRAD), at < end)
-        elif aligned & (first + BLOCK <= end):
-            whole = copy
-            if COPY is not None:
-                whole = tl.multiple_of(copy, 16)
-            _update(
-                tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(mean, 16),
-                tl.multiple_of(square, 16), whole, at, None,
-                factor, rate, keep, c1, c2, root, eps, key, STOCHASTIC, ZERO,
-            )  # fmt: skip
-        else:
-            _update(
-                param, grad, mean, square, copy, at, at < end,
-                factor, rate, keep, c1, c2, root, eps, key, STOCHASTIC, ZERO,
-            )  # fmt: skip
+    _sweep(
+        row, start, end, finite, factor, rate, keep, c1, c2, root, eps, key, PARAM, GRAD, COPY, STOCHASTIC, ZERO, BLOCK
+    )
+    tl.debug_barrier()  # every warp has read progress before one thread says that this program has
     done = tl.atomic_add(progress + 1, 1)
     if done == tl.num_programs(0) - 1:
         tl.store(progress + 1, 0)

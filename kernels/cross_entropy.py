@@ -107,8 +107,9 @@ def _backward(
         scale /= tl.load(denominator)
     own = col == tl.load(target + lead(row, B, C, t0, t1, t2))
     value = tl.load(x + lead(row, B, C, x0, x1, x2) + col * x3, col < width, 0).to(tl.float32)
-    share = tl.exp(value - peak) / total
-    grad = tl.where(own, -rest / total, share)
+    inverse = tl.div_rn(1.0, total)
+    share = tl.exp(value - peak) * inverse
+    grad = tl.where(own, -rest * inverse, share)
     if Z:
         grad += share * (2 * z_loss * (peak + tl.log(total)))
     if SMOOTH:
@@ -191,8 +192,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dloss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     logits, *saved = ctx.saved_tensors
+    if dloss is None:
+        return (None,) * 8
     if ctx.overwrite:
         grad = logits.detach()
         torch.ops.pipekern.cross_entropy_backward_(dloss, grad, *saved, *ctx.options)

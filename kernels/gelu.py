@@ -12,7 +12,7 @@ from pipekern.errors import ConfigError
 
 from . import reference
 from .language import check_floats, constant, jit, launch, narrow, processors, tl
-from .layout import lead, pieces, place, slabs, sums, vector
+from .layout import check_shapes, lead, pieces, place, slabs, sums, vector
 from .library import define
 
 _SQRT_HALF = constant(0.5**0.5)
@@ -145,8 +145,9 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
         [..., F], contiguous, in the dtype of ``x``.
 
     Raises:
-        ConfigError: ``approximate`` is neither.
+        ConfigError: ``approximate`` is neither, or ``bias`` has another shape.
     """
     if approximate not in ("none", "tanh"):
         raise ConfigError(f'approximate={approximate!r}; it must be "none" or "tanh"')
+    check_shapes(x, bias=bias)
     return torch.ops.pipekern.gelu(x, bias, approximate)

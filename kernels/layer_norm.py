@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, processors, tl
-from .layout import added, finish, lead, slabs, sums, tile, vector
+from .layout import added, check_shapes, finish, lead, slabs, sums, tile, vector
 from .library import define
 
 
@@ -230,6 +230,10 @@ def layer_norm(
 
     Returns:
         y [..., H] in the dtype of ``x``; with ``residual`` (y, x + residual).
+
+    Raises:
+        ConfigError: The shapes do not go together.
     """
+    check_shapes(x, residual, weight=weight, bias=bias)
     y, h, _ = torch.ops.pipekern.layer_norm(x, weight, bias, residual, eps)
     return y if residual is None else (y, h)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipekern.errors import ConfigError
+
 from .language import jit, narrow, tl
 
 Placed = tuple[Any, int, int, int, int]  # a tensor (or None) and its strides: three leading ones, the last
@@ -80,6 +82,14 @@ def pieces(columns: int) -> Tile:
     """The tile for elements on their own: 4096 of them, at most 1024 of a row."""
     block = min(1 << max(columns - 1, 15).bit_length(), 1024)
     return Tile(4096 // block, block, 4, columns > block)
+
+
+def check_shapes(x: Tensor, residual: Tensor | None = None, **vectors: Tensor | None) -> None:
+    """Raises ConfigError where ``residual`` is not of the shape of ``x``, or a vector not of its last dimension."""
+    wanted = {"residual": (residual, x.shape), **{name: (t, x.shape[-1:]) for name, t in vectors.items()}}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ConfigError(f"{name} is {tuple(tensor.shape)}; for x {tuple(x.shape)} it must be {tuple(shape)}")
 
 
 def vector(weight: Tensor | None) -> tuple[Tensor | None, int]:

@@ -168,10 +168,11 @@ def linear_cross_entropy(
     check_reduction(reduction, denominator)
     if reduction == "none":
         raise ConfigError('reduction="none" needs the gradient of every token first: use cross_entropy of the product')
-    if x.shape[:-1] != target.shape or weight.shape[1:] != x.shape[-1:]:
+    vocabulary = () if bias is None else bias.shape
+    if x.shape[:-1] != target.shape or weight.shape[1:] != x.shape[-1:] or vocabulary not in ((), weight.shape[:1]):
         raise ConfigError(
-            f"x is {tuple(x.shape)}, weight {tuple(weight.shape)} and target {tuple(target.shape)}; they must be "
-            "[..., H], [V, H] and [...]"
+            f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(vocabulary)} and target "
+            f"{tuple(target.shape)}; they must be [..., H], [V, H], [V] and [...]"
         )
     if main_grad is None and grad_scale is not None:
         raise ConfigError("grad_scale is for main_grad, and there is none: leave it out")

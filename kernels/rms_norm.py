@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, processors, tl
-from .layout import added, finish, lead, slabs, sums, tile, vector
+from .layout import added, check_shapes, finish, lead, slabs, sums, tile, vector
 from .library import define
 
 
@@ -198,6 +198,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | No
 
     Returns:
         y [..., H] in the dtype of ``x``; with ``residual`` (y, x + residual).
+
+    Raises:
+        ConfigError: The shapes do not go together.
     """
+    check_shapes(x, residual, weight=weight)
     y, h, _ = torch.ops.pipekern.rms_norm(x, weight, residual, eps)
     return y if residual is None else (y, h)

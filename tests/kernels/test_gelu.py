@@ -56,3 +56,5 @@ def test_far_from_zero(device: str) -> None:
 def test_refused(device: str) -> None:
     with pytest.raises(ConfigError, match="approximate='erf'"):
         gelu(torch.zeros(2, device=device), None, "erf")
+    with pytest.raises(ConfigError, match=r"bias is \(3,\)"):
+        gelu(torch.zeros(2, device=device), torch.zeros(3, device=device))

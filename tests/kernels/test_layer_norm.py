@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipekern import ConfigError
 from pipekern.kernels.layer_norm import layer_norm
 
 from .accuracy import DTYPES, VIEWS, compare, views
@@ -88,3 +89,12 @@ def test_large_means_do_not_cost_digits(device: str) -> None:
     """The variance is made of centred values: a mean square minus a squared mean would have none left."""
     x = 1000 + torch.randn(4, 512, device=device)
     compare(own_norm, torch_norm, x, torch.randn(512, device=device), torch.randn(512, device=device))
+
+
+def test_refused(device: str) -> None:
+    """What a kernel would read beyond its end."""
+    x = torch.zeros(4, 8, device=device)
+    with pytest.raises(ConfigError, match=r"weight is \(4,\); for x \(4, 8\) it must be \(8,\)"):
+        layer_norm(x, torch.zeros(4, device=device), None, EPS)
+    with pytest.raises(ConfigError, match=r"residual is \(8,\)"):
+        layer_norm(x, None, None, EPS, torch.zeros(8, device=device))

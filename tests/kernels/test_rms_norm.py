@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipekern import ConfigError
 from pipekern.kernels.rms_norm import rms_norm
 
 from .accuracy import DTYPES, VIEWS, compare, views
@@ -79,3 +80,12 @@ def test_only_the_sum_is_used(device: str) -> None:
     rms_norm(x, None, EPS, residual)[1].sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_refused(device: str) -> None:
+    """What a kernel would read beyond its end."""
+    x = torch.zeros(4, 8, device=device)
+    with pytest.raises(ConfigError, match=r"weight is \(4,\); for x \(4, 8\) it must be \(8,\)"):
+        rms_norm(x, torch.zeros(4, device=device), EPS)
+    with pytest.raises(ConfigError, match=r"residual is \(8,\)"):
+        rms_norm(x, None, EPS, torch.zeros(8, device=device))

@@ -42,7 +42,7 @@ def test_golden(device: str) -> None:
 
 @NEIGHBOURS
 @pytest.mark.parametrize(
-    ("dtype", "d", "r"), zip((*DTYPES, torch.float32), (2, 16, 24, 40), (2, 16, 12, 20), strict=True)
+    ("dtype", "d", "r"), [*zip((*DTYPES, torch.float32), (2, 16, 24, 40), (2, 16, 12, 20), strict=True)]
 )
 def test_as_torch(dtype: torch.dtype, d: int, r: int, neighbours: bool, device: str) -> None:
     q, k = (torch.randn(2, 3, heads, d, device=device).to(dtype) for heads in (6, 2))
