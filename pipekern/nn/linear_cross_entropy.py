@@ -11,8 +11,9 @@ from pipekern.kernels.linear_cross_entropy import linear_cross_entropy
 class LinearCrossEntropyLoss(nn.Module):
     """Cross entropy of ``linear(input)`` without the logits of all tokens.
 
-    See ``pipekern.kernels.linear_cross_entropy``. Arguments and names in the ``state_dict`` are those of ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13), as far as
-    targets are class indices without class weights. It differs as :class:`CrossEntropyLoss` does.
+    See ``pipekern.kernels.linear_cross_entropy``. Arguments and names in the ``state_dict`` are those of
+    ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13), as far as targets are class indices without class weights. It
+    differs as :class:`CrossEntropyLoss` does.
     """
 
     def __init__(
