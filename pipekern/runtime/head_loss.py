@@ -37,20 +37,25 @@ def choose_head(units: Sequence[Unit], loss_fn: Any, wanted: bool) -> tuple[Head
 
 
 class HeadLoss:
-    """The sum of ``loss_fn`` over the product of ``linear``, from the input of ``linear`` [T, H] and targets [T].
+    """The sum of ``loss_fn`` over the product of a head, from its input and the targets.
 
-    Other shapes, and targets that are probabilities, go through the product and ``loss_fn`` itself.
+    They are [T, H] and [T], or [N, H, d] and [N, d] where the head says so. For other shapes, and for targets that are
+    probabilities, the product is made, and ``loss_fn`` itself is called.
     """
 
-    def __init__(self, linear: nn.Linear, loss_fn: Any):
-        self._linear, self._loss_fn = linear, loss_fn
+    def __init__(self, head: Head, loss_fn: Any):
+        self._linear, self._transposed, self._loss_fn = head.linear, head.transposed, loss_fn
 
     def __call__(self, x: Tensor, target: Tensor, scale: float) -> Tensor:
         """``scale`` is the gradient that the result is going to get."""
         linear, loss_fn = self._linear, self._loss_fn
-        foreign = x.is_cuda and x.dtype not in FLOATS
-        if foreign or x.dim() != 2 or target.dim() != 1 or target.is_floating_point():
-            return loss_fn(linear(x), target)
+        transposed = self._transposed and x.dim() == 3
+        if transposed:
+            x = x.transpose(1, 2)
+        fits = target.shape == x.shape[:-1] and x.dim() == 2 + transposed and not target.is_floating_point()
+        if not fits or (x.is_cuda and x.dtype not in FLOATS):
+            logits = linear(x)
+            return loss_fn(logits.transpose(1, 2) if transposed else logits, target)
         main_grad = self._main_gradient()
         wide = torch.promote_types(x.dtype, torch.float32)
         return linear_cross_entropy(

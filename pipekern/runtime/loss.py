@@ -60,7 +60,7 @@ class Loss:
             self._by_target = loss_fn  # type: ignore[assignment]
             self._call = copy.copy(loss_fn)
             self._call.reduction = "sum"  # type: ignore[attr-defined]
-        self._of_head = None if head is None else HeadLoss(head.linear, self._call)
+        self._of_head = None if head is None else HeadLoss(head, self._call)
 
     def start(self, targets: Sequence[Any], sizes: Sequence[int]) -> None:
         """Begin a batch: ``targets`` by micro-batch, none where there is no loss to compute, and their ``sizes`` in

@@ -12,28 +12,31 @@ from pipekern.stage.unit import Unit, hooked
 
 
 class Head(NamedTuple):
-    """The last layer ``linear``, its ``name`` in the unit, and the unit's code without it, as in :class:`Unit`."""
+    """The last layer ``linear``, its ``name`` in the unit, and the unit's code without it, as in :class:`Unit`.
+
+    ``transposed``: what that code returns is [N, H, d], as the unit's own result is [N, C, d].
+    """
 
     linear: nn.Linear
     name: str
     train: nn.Module
     evaluate: nn.Module
+    transposed: bool = False
 
 
 def find_head(unit: Unit) -> Head:
     """The ``nn.Linear`` that ``unit``, a model's last, ends in. Raises ``ConfigError`` where there is none.
 
-    The unit is that layer, or a trace that returns its result, perhaps with leading dimensions flattened into one.
+    The unit is that layer, or a trace that returns its result, perhaps with leading dimensions flattened into one, or
+    with the classes as second dimension of three, where torch's losses want them.
     """
     if not isinstance(unit.train, fx.GraphModule):
         return Head(_checked(unit.train, unit.name), unit.name, nn.Identity(), nn.Identity())
-    name, train = _without(unit.train)
-    if unit.evaluate is unit.train:
-        return Head(_checked(unit.train.get_submodule(name), name), name, train, train)
-    other, evaluate = _without(unit.evaluate)
-    if other != name:
-        raise ConfigError(f"the model ends in {name} in training, and in {other} in evaluation")
-    return Head(_checked(unit.train.get_submodule(name), name), name, train, evaluate)
+    one, other = _without(unit.train), _without(unit.evaluate)
+    if (one.name, one.transposed) != (other.name, other.transposed):
+        raise ConfigError(f"the model ends in {one.name} in training, and otherwise in evaluation")
+    linear = _checked(unit.train.get_submodule(one.name), one.name)
+    return Head(linear, one.name, one.trace, other.trace, one.transposed)
 
 
 def _checked(module: nn.Module, name: str) -> nn.Linear:
@@ -46,10 +49,23 @@ def _checked(module: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _without(module: Any) -> tuple[str, fx.GraphModule]:
-    """The name of the module whose result the trace returns, and the trace with that module's input in its place."""
-    node = _returned(module.graph)
-    while isinstance(node, fx.Node) and len(node.users) == 1 and _flattens(node):
+class _Rest(NamedTuple):
+    """A trace without the module ``name``, whose input is in its place."""
+
+    name: str
+    transposed: bool
+    trace: fx.GraphModule
+
+
+def _without(module: Any) -> _Rest:
+    """The trace ``module`` without the module whose result it returns."""
+    (output,) = module.graph.find_nodes(op="output")
+    node, transposed = output.args[0], False
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        if _is_call(node, "transpose", torch.transpose) and set(node.args[1:]) == {1, 2} and not transposed:
+            transposed = True
+        elif transposed or not _flattens(node):
+            break
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1 or len(node.args) != 1:
         raise ConfigError("the model does not return what a layer returns")
@@ -58,18 +74,15 @@ def _without(module: Any) -> tuple[str, fx.GraphModule]:
     copies[node].replace_all_uses_with(copies[node].args[0])
     graph.erase_node(copies[node])
     graph.lint()
-    return str(node.target), fx.GraphModule(module, graph)
+    return _Rest(str(node.target), transposed, fx.GraphModule(module, graph))
 
 
-def _returned(graph: fx.Graph) -> Any:
-    (output,) = graph.find_nodes(op="output")
-    return output.args[0]
+def _is_call(node: fx.Node, method: str, function: Any) -> bool:
+    return (node.op, node.target) in (("call_method", method), ("call_function", function))
 
 
 def _flattens(node: fx.Node) -> bool:
     """Whether it makes leading dimensions one: 0 and 1, or all but the last."""
-    if (node.op, node.target) not in (("call_method", "flatten"), ("call_function", torch.flatten)):
-        return False
     start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
     end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
-    return (start, end) in ((0, 1), (0, -2))
+    return _is_call(node, "flatten", torch.flatten) and (start, end) in ((0, 1), (0, -2))
