@@ -29,7 +29,7 @@ OPS = (
 def add(actions: Any) -> None:
     """Add the action to the parser's ``actions``."""
     parser = actions.add_parser(
-        "kernels", help="kernels; without a GPU their errors alone; exit 1 where an error is too large"
+        "kernels", help="kernels; without a GPU their errors alone; exit 1 where one is too large"
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(OPS)}")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows")
@@ -59,6 +59,7 @@ def _run(args: argparse.Namespace) -> int:
     rows = judged if rates is None else speed.measure(names, judged, rates)
     where = machine.describe(rates)
     wrong = [row for row in judged if row.contender == "pipekern" and not row.close]
+    wrong += [row for row in rows if row.contender == "pipekern" and row.note]
     if args.csv is not None:
         write(args.csv, where, rows)
     if args.plot is not None and rates is not None:
@@ -85,7 +86,7 @@ def table(rows: list[Row], where: dict[str, str], wrong: list[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [f"{key}: {value}" for key, value in where.items()]
     lines += ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    lines += [f"too far from float64: {row.op} {row.shape} {row.dtype}" for row in wrong]
+    lines += [f"{row.note or 'too far from float64'}: {row.op} {row.shape} {row.dtype} {row.mode}" for row in wrong]
     return "\n".join(lines)
 
 
