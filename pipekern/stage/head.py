@@ -30,6 +30,8 @@ def find_head(unit: Unit) -> Head:
     The unit is that layer, or a trace that returns its result, perhaps with leading dimensions flattened into one, or
     with the classes as second dimension of three, where torch's losses want them.
     """
+    if unit.skeleton is not None:
+        raise ConfigError("the model's forward could not be traced, so what its last layer returns may be used further")
     if not isinstance(unit.train, fx.GraphModule):
         return Head(_checked(unit.train, unit.name), unit.name, nn.Identity(), nn.Identity())
     one, other = _without(unit.train), _without(unit.evaluate)

@@ -137,9 +137,10 @@ def _matrix(value: Tensor) -> Tensor:
 def _linear_weight(weight: Tensor, bias: Tensor | None, value: Tensor, gradient: Tensor) -> None:
     rows, columns = _matrix(gradient), _matrix(value)
     grad = weight.grad
-    if grad is not None and grad.dtype is rows.dtype and grad.layout is torch.strided:
+    strided = grad is None or grad.layout is torch.strided
+    if grad is not None and grad.dtype is rows.dtype and strided:
         grad.addmm_(rows.t(), columns)
-    elif _is_main(weight, rows):
+    elif strided and gradient_dtype(weight) is torch.float32 and rows.dtype in (torch.bfloat16, torch.float16):
         if grad is None:
             weight.grad = torch.empty_like(weight, dtype=torch.float32)
         linear_backward_weight(rows, columns, weight.grad, beta=0.0 if grad is None else 1.0)
@@ -147,12 +148,6 @@ def _linear_weight(weight: Tensor, bias: Tensor | None, value: Tensor, gradient:
         _add(weight, rows.t().mm(columns))
     if bias is not None:
         _add(bias, rows.sum(0))
-
-
-def _is_main(weight: Tensor, rows: Tensor) -> bool:
-    """Whether the weight's gradient is wider than the product's inputs, and takes the product without rounding."""
-    wide = gradient_dtype(weight) is torch.float32 and rows.dtype in (torch.bfloat16, torch.float16)
-    return wide and (weight.grad is None or weight.grad.layout is torch.strided)
 
 
 # Convolutions
