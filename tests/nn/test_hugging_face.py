@@ -138,3 +138,21 @@ def test_angles_that_do_not_repeat_are_left() -> None:
     report = pk.nn.fuse(model)
     assert not [row for row in report.replaced if row.op == "rope"]
     assert ["repeat" in row.why for row in report.left] == [True, True]
+
+
+def test_in_a_pipeline() -> None:
+    """A fused model that is cut trains as the fused model does whole, in float64."""
+    model: Any = build("Llama").double()
+    assert pk.nn.fuse(model).replaced
+    whole = copy.deepcopy(model)
+    x, y = torch.randint(3, 37, (4, 6)), torch.randint(0, 37, (4, 6))
+
+    def loss_fn(output: Any, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.logits.flatten(0, 1), target.flatten())
+
+    with pk.Pipeline(model, loss_fn=loss_fn, microbatches=2, ranks=2, inputs=["input_ids"]) as pipe:
+        loss, wanted = pipe.train_step(x, y), loss_fn(whole(x), y)
+        wanted.backward()
+        assert float(loss) == pytest.approx(float(wanted), rel=1e-12)
+        for (name, own), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(own.grad, other.grad, rtol=1e-10, atol=1e-12, msg=name)
