@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from pipekern.nn.proof import TOLERANCE, difference, same_dtype
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OURS = (shapes.__name__, rotation.__name__)
+
+
+_Kinds = dict[tuple[type[nn.Module], tuple[Any, ...]], Any]  # one class for all modules of a class and formula
 
 
 class _Found(NamedTuple):
@@ -30,18 +33,19 @@ def fuse(model: nn.Module) -> Fused:
     names in the ``state_dict``, mode and ``requires_grad`` are untouched. One that has hooks, or a forward of its own
     on the instance, or is in a compiled region is left as it is.
 
-    Results have the dtype of the input, and statistics are float32. There is no second derivative. The subclasses are
+    Results have the dtype of the input, and statistics are float32. There is no second derivative, and on a GPU no
+    float64. The subclasses are
     made here and cannot be pickled: ``undo()`` first. Returns what was replaced, and what was left and why.
     """
-    done = Fused()
+    done, kinds = Fused(), _Kinds()
     compiled = _compiled(model)
     repeats = rotation.repeats_angles(model)
     for name, module in model.named_modules():
         if isinstance(module, tuple(shapes.OWN.values())) or type(module).__module__ in _OURS:
             continue  # fused before
-        found, why = _proven(module) if not isinstance(module, nn.Linear) else (None, "")
+        found, why = _proven(module, kinds) if not isinstance(module, nn.Linear) else (None, "")
         if found is None and not why:
-            found, why = _rotation(module, repeats)
+            found, why = _rotation(module, repeats, kinds)
         if found is not None:
             why = why or _hindrance(module, found, compiled)
         if why:
@@ -51,7 +55,7 @@ def fuse(model: nn.Module) -> Fused:
     return done
 
 
-def _proven(module: nn.Module) -> tuple[_Found | None, str]:
+def _proven(module: nn.Module, kinds: _Kinds) -> tuple[_Found | None, str]:
     """What ``module`` computes; else why it does not compute what its shape suggests, if it suggests anything."""
     reasons = []
     for one in shapes.candidates(module):
@@ -62,7 +66,7 @@ def _proven(module: nn.Module) -> tuple[_Found | None, str]:
             elif not same_dtype(one.small.bfloat16(), one.kind, one.inputs[0].bfloat16()):
                 reasons.append(f"as {one.op} it would return another dtype")
             else:
-                return _Found(one.op, one.kind), ""
+                return _Found(one.op, kinds.setdefault((type(module), one.formula), one.kind)), ""
         except Exception as error:  # foreign code, on inputs that it may not be made for
             reasons.append(f"as {one.op} it raises {type(error).__name__}: {error}")
     if not module._parameters and not module._modules:
@@ -70,8 +74,11 @@ def _proven(module: nn.Module) -> tuple[_Found | None, str]:
     return None, "; ".join(dict.fromkeys(reasons))
 
 
-def _rotation(module: nn.Module, repeats: bool) -> tuple[_Found | None, str]:
-    kind = rotation.rotating(type(module))
+def _rotation(module: nn.Module, repeats: bool, kinds: _Kinds) -> tuple[_Found | None, str]:
+    key = type(module), ("rope",)
+    if key not in kinds:
+        kinds[key] = rotation.rotating(type(module))
+    kind = kinds[key]
     if kind is None:
         return None, ""
     return _Found("rope", kind), "" if repeats else "nothing in the model is seen to repeat its angles for both halves"

@@ -6,6 +6,7 @@ angles, so what makes the angles in that model must repeat them for both halves.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from types import FunctionType
 from typing import Any
@@ -81,8 +82,8 @@ def _repeats(maker: nn.Module) -> bool:
     x = torch.zeros(1, _TOKENS, 1, device=frequencies.device)
     positions = torch.arange(_TOKENS, device=x.device).unsqueeze(0)
     try:
-        pair = maker(x, positions)
-    except Exception:  # as above
+        pair = copy.deepcopy(maker)(x, positions)  # some change with the length they are given
+        halves = [t.chunk(2, -1) for t in pair if t.dim() == 3 and t.shape[-1] % 2 == 0]
+        return len(halves) == 2 and all(torch.equal(a, b) for a, b in halves)
+    except Exception:  # as above, or without memory
         return False
-    halves = [t.chunk(2, -1) for t in pair if isinstance(t, Tensor) and t.dim() == 3 and t.shape[-1] % 2 == 0]
-    return len(halves) == 2 and all(torch.equal(a, b) for a, b in halves)

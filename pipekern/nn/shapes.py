@@ -32,9 +32,13 @@ Compute = Callable[[Any, Tensor], Tensor]  # of the module and its input
 
 
 class Candidate(NamedTuple):
-    """A class that a module might become, and what to prove it with: a small module like it, and inputs, float64."""
+    """A class that a module might become, and what to prove it with: a small module like it, and inputs, float64.
+
+    ``formula``: modules of one class and formula may share ``kind``.
+    """
 
     op: str
+    formula: tuple[Any, ...]
     kind: type[nn.Module]
     small: nn.Module
     inputs: list[Tensor]
@@ -94,7 +98,7 @@ def _torchs(module: Any) -> Iterator[Candidate]:
     shape = getattr(module, "normalized_shape", (3,))
     weights = {name: _normal(*shape) + 1 for name, p in module._parameters.items() if p is not None}
     small = like(module, weights, {})
-    yield Candidate(kind.__name__, kind, small, _rows(shape, getattr(module, "eps", None) or 1e-6))
+    yield Candidate(kind.__name__, (), kind, small, _rows(shape, getattr(module, "eps", None) or 1e-6))
 
 
 def _elementwise_or_norm(module: nn.Module) -> Iterator[Candidate]:
@@ -105,21 +109,26 @@ def _elementwise_or_norm(module: nn.Module) -> Iterator[Candidate]:
     (shape,) = shapes
     small = like(module, {name: _normal(*shape) + i for i, name in enumerate(weights)}, {})
     epsilons = [name for name, value in vars(module).items() if type(value) is float and 0 < value < 1]
-    for op, eps, compute in _formulas(list(weights), epsilons):
-        inputs = _rows(shape, getattr(module, eps) if eps else 1.0)
-        yield Candidate(op, _becomes(module, compute), small, inputs)
+    for op, formula, compute in _formulas(list(weights), epsilons):
+        eps = getattr(module, formula[0], 1.0)
+        yield Candidate(op, (op, *formula), _becomes(module, compute), small, _rows(shape, eps))
 
 
-def _formulas(weights: list[str], epsilons: list[str]) -> Iterator[tuple[str, str, Compute]]:
+def _formulas(weights: list[str], epsilons: list[str]) -> Iterator[tuple[str, tuple[Any, ...], Compute]]:
+    """Op, what tells its formula from others (the epsilon first), and the formula."""
     if not weights:
         for approximate in ("none", "tanh"):
-            yield "GELU", "", lambda _, x, how=approximate: gelu(x, approximate=how)  # type: ignore[misc]
+            yield "GELU", (f"gelu {approximate}",), _gelu(approximate)
     for eps in epsilons:
         if len(weights) < 2:
             for shift in (0, 1)[: 1 + len(weights)]:
-                yield "RMSNorm", eps, _rms(*weights, eps=eps, shift=shift)
+                yield "RMSNorm", (eps, *weights, shift), _rms(*weights, eps=eps, shift=shift)
         for order in permutations(weights):
-            yield "LayerNorm", eps, _layer(*order, eps=eps)
+            yield "LayerNorm", (eps, *order), _layer(*order, eps=eps)
+
+
+def _gelu(approximate: str) -> Compute:
+    return lambda module, x: gelu(x, approximate=approximate)
 
 
 def _rms(weight: str = "", *, eps: str, shift: int) -> Compute:
@@ -161,7 +170,8 @@ def _feed_forward(module: nn.Module) -> Iterator[Candidate]:
         sizes = dict.fromkeys(into, (_FEATURES, _WIDTH * (3 - len(into)))) | {down: (_WIDTH, _FEATURES)}
         small = like(module, {}, {name: _small(linear[name], *size) for name, size in sizes.items()})
         x = 2 * _normal(4, 3, _FEATURES)
-        yield Candidate("SwiGLU", _becomes(module, _swiglu(*into, down=down)), small, [x, x[0, 0]])
+        kind = _becomes(module, _swiglu(*into, down=down))
+        yield Candidate("SwiGLU", ("SwiGLU", *into, down), kind, small, [x, x[0, 0]])
 
 
 def _small(linear: nn.Linear, inputs: int, outputs: int) -> nn.Linear:

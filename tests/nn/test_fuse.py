@@ -127,6 +127,14 @@ def test_known(name: str, dtype: torch.dtype) -> None:
         close(a, b, e, FACTOR, f"tensor {i}")
 
 
+def test_one_class_for_all_of_a_kind() -> None:
+    """So that a compiler sees one."""
+    model = nn.Sequential(Rms(), Rms(), Gated(), Gated())
+    pk.nn.fuse(model)
+    kinds = [type(m) for m in model]
+    assert kinds[0] is kinds[1] and kinds[2] is kinds[3] and len(set(kinds)) == 2
+
+
 def test_called_by_name() -> None:
     module = Rms()
     pk.nn.fuse(module)
