@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from pipekern._version import __version__
-from pipekern.cli import doctor, plan, schedule, trace
+from pipekern.cli import bench, doctor, plan, schedule, trace
 from pipekern.cli.output import emit
 from pipekern.errors import ConfigError, ScheduleError
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"pipekern {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (schedule, plan, trace, doctor):
+    for command in (schedule, plan, bench, trace, doctor):
         command.add(commands)
     args = parser.parse_args(argv)
     try:

@@ -18,8 +18,10 @@ from pipekern.runtime.deltas import Deltas, Ties, tie_links
 from pipekern.runtime.detours import Detours
 from pipekern.runtime.executor import Executor
 from pipekern.runtime.generate import Generator
+from pipekern.runtime.head_loss import choose_head
 from pipekern.runtime.lane import Ends, Lane
 from pipekern.runtime.loss import Loss, Verdict
+from pipekern.runtime.options import Options
 from pipekern.runtime.outgoing import LOSS_TAG, Outgoing
 from pipekern.runtime.runner import Held, Runner
 from pipekern.stage.random import unit_keys
@@ -58,7 +60,8 @@ class Assembly:
         receivers: Mapping[str, Receiver],
     ):
         self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
-        self.loss = Loss(loss_fn)
+        last = stages.get(blueprint.schedule.stages - 1)
+        self.loss = Loss(loss_fn, None if last is None else last.head)
         self.senders, self.receivers = senders, receivers
         self.outgoing = Outgoing(transport, self.receivers.values(), alone=rank is None)
         schedule = blueprint.schedule
@@ -200,7 +203,7 @@ class Assembly:
 
 
 def build_stages(
-    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], seed: int
+    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], options: Options
 ) -> dict[int, Stage]:
     """The stages ``here``, with memory and weights, each on the device of its rank; ``devices`` is by rank."""
     stages = {}
@@ -211,7 +214,8 @@ def build_stages(
             unit.train.to(device)
             unit.evaluate.to(device)
         first = blueprint.first_unit[index]
-        keys = unit_keys(seed, blueprint.schedule.microbatches, range(first, first + len(units)))
+        keys = unit_keys(options.seed, blueprint.schedule.microbatches, range(first, first + len(units)))
+        last = index == blueprint.schedule.stages - 1
         stages[index] = Stage(
             index,
             blueprint.root,
@@ -221,5 +225,6 @@ def build_stages(
             first,
             blueprint.schedule.defers,
             blueprint.recompute[index],
+            choose_head(units, options.loss_fn, options.fuse_loss)[0] if last else None,
         )
     return stages

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
+from pipekern.nn.cross_entropy import CrossEntropyLoss
+from pipekern.runtime.head_loss import HeadLoss
+from pipekern.stage.head import Head
 
-_BY_TARGET = (nn.CrossEntropyLoss, nn.NLLLoss)
+_BY_TARGET = (nn.CrossEntropyLoss, CrossEntropyLoss, nn.NLLLoss)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,10 +48,10 @@ class Loss:
     Three rules, chosen by what ``loss_fn`` is: a mean over targets (``nn.CrossEntropyLoss``, ``nn.NLLLoss``) is summed
     and divided by the weight of all targets that are not ignored; a pair (sum, count) is divided by the count of the
     whole batch, known only at the end; any other scalar counts by its samples, or as it is where its ``reduction`` is
-    ``"sum"``.
+    ``"sum"``. With a ``head`` it is given that layer's input in place of the output.
     """
 
-    def __init__(self, loss_fn: Callable[[Any, Any], Any]):
+    def __init__(self, loss_fn: Callable[[Any, Any], Any], head: Head | None = None):
         self.loss_fn = loss_fn
         self._call = loss_fn
         self._by_target: nn.Module | None = None
@@ -57,6 +60,7 @@ class Loss:
             self._by_target = loss_fn  # type: ignore[assignment]
             self._call = copy.copy(loss_fn)
             self._call.reduction = "sum"  # type: ignore[attr-defined]
+        self._of_head = None if head is None else HeadLoss(head, self._call)
 
     def start(self, targets: Sequence[Any], sizes: Sequence[int]) -> None:
         """Begin a batch: ``targets`` by micro-batch, none where there is no loss to compute, and their ``sizes`` in
@@ -77,7 +81,10 @@ class Loss:
 
     def forward(self, microbatch: int, output: Any, target: Any) -> tuple[torch.Tensor, float]:
         """The scalar to go backward from, and the gradient that it starts with."""
-        loss = self._call(output, target)
+        if self._of_head is not None:
+            loss: Any = self._of_head(output, target, self._weights[microbatch])
+        else:
+            loss = self._call(output, target)
         if isinstance(loss, tuple):
             loss, weight = self._pair(loss), 1.0
         else:

@@ -92,13 +92,14 @@ class Runner(Lane):
 
     def evaluate(self, microbatch: int) -> None:
         """F of an evaluation: the last stage keeps the loss, or the outputs where there are no targets."""
-        output = self.stage.evaluate(self.take_input(microbatch))
+        value = self.take_input(microbatch)
         if self._loss is None:
-            self.hand_on(microbatch, output)
+            self.hand_on(microbatch, self.stage.evaluate(value))
         elif self.batch.targets is not None:
-            self._loss.forward(microbatch, output, to_device(self.batch.targets[microbatch], self.stage.device))
+            self.stage.evaluate(value, lambda output: self._score(microbatch, output))
+            del self._gradients[microbatch]
         else:
-            self.batch.keep(output)
+            self.batch.keep(self.stage.evaluate(value))
         if self.detours is not None:
             self.detours.forget(microbatch)
 

@@ -38,7 +38,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
     if rank is not None:
         free_others(blueprint, owned(blueprint, here))
-    stages = build_stages(blueprint, here, devices, options.seed)
+    stages = build_stages(blueprint, here, devices, options)
     transport, senders, receivers = open_transport(options.transport, links(blueprint), schedule.ranks, world)
     return Assembly(blueprint, rank, stages, options.loss_fn, transport, senders, receivers)
 
@@ -57,7 +57,7 @@ def _agreed(options: Options, world: World | None) -> tuple[Blueprint, list[torc
     try:
         devices = _devices(options.devices, _size(options.ranks, world), launched=True)
         blueprint = draw(options, world.size)
-        row = blueprint.row() | {"seed": options.seed}
+        row = blueprint.row() | {"seed": options.seed, "fuse_loss": options.fuse_loss}
     except PipekernError as error:
         failure, row = error, {"error": str(error)}
     rows = world.gather(row)

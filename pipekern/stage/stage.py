@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
-from pipekern.stage.chain import chains
+from pipekern.stage.chain import Forward, chains
 from pipekern.stage.deferral import Deferral
+from pipekern.stage.head import Head
 from pipekern.stage.unit import Unit
 from pipekern.stage.work import Work
 from pipekern.transport.message import refuse
@@ -33,7 +34,8 @@ class Stage:
     ``root.training`` chooses the units' training code, as it does for the unsplit model. ``keys[microbatch][i]`` seeds
     unit i (see ``random.py``). Values between stages are those of ``transport/message.py``.
     With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off. ``recompute[i]``
-    says what of unit i is made again in the backward, see ``recompute.py``; by default nothing.
+    says what of unit i is made again in the backward, see ``recompute.py``; by default nothing. A ``head`` is left to
+    the loss, which is given its input.
     """
 
     def __init__(
@@ -46,16 +48,20 @@ class Stage:
         first: int = 0,
         defers: bool = False,
         recompute: Sequence[str] = (),
+        head: Head | None = None,
     ):
         self.index = index
         self._root = root
+        self.head = head
         self.units = list(units)
         self.device = device
         again = recompute or ["none"] * len(units)
         train, evaluate = [unit.train for unit in units], [unit.evaluate for unit in units]
-        ways = (train, again), (evaluate, again), (evaluate, None)
-        in_training, in_evaluation, self._evaluate = chains(units, first, device, *ways)
-        self._forward = {True: in_training, False: in_evaluation}
+        self._forward, self._evaluate = _ways(units, train, evaluate, first, device, again)
+        self._to_loss, self._evaluate_to_loss = self._forward, self._evaluate
+        if head is not None:
+            train, evaluate = [*train[:-1], head.train], [*evaluate[:-1], head.evaluate]
+            self._to_loss, self._evaluate_to_loss = _ways(units, train, evaluate, first, device, again)
         self._keys = keys
         self._stash: dict[int, Stash] = {}
         self._work: dict[int, list[Work]] = {}
@@ -83,7 +89,8 @@ class Stage:
     ) -> Any:
         """Run the units on ``value``, whose leaf tensors get the gradient, with the random numbers of this micro-batch.
 
-        The last stage gives ``loss``, which takes the model's output to the scalar that the backward starts from.
+        The last stage gives ``loss``, which takes the model's output (its head's input, where it has one) to the
+        scalar that the backward starts from.
         """
         leaves = [t for t in _gradient_leaves(value) if t.is_leaf]  # a batch may have a graph of its own before it
         if self._copies_input:  # a batch too: micro-batches are views of it, and autograd takes all for written
@@ -91,7 +98,8 @@ class Stage:
         try:
             with self._deferring:
                 keys = [key ^ step_key for key in self._keys[microbatch]]
-                value = self._forward[self._root.training](keys, value)
+                run = self._forward if loss is None else self._to_loss
+                value = run[self._root.training](keys, value)
                 if loss is not None:  # it may go backward on its own through layers that put work off
                     value = loss(value)
         except RuntimeError as error:
@@ -107,9 +115,11 @@ class Stage:
         self._stash[microbatch] = Stash(leaves, _gradient_leaves(value, refuse))
         return value
 
-    def evaluate(self, value: Any) -> Any:
-        """Run the units without random numbers or gradients; the caller holds ``torch.no_grad()``."""
-        return self._evaluate(self._keys[0], value)
+    def evaluate(self, value: Any, loss: Callable[[Any], torch.Tensor] | None = None) -> Any:
+        """Run the units without random numbers or gradients, and ``loss``; the caller holds ``torch.no_grad()``."""
+        if loss is None:
+            return self._evaluate(self._keys[0], value)
+        return loss(self._evaluate_to_loss(self._keys[0], value))
 
     def backward(self, microbatch: int, gradients: Any) -> Any:
         """Gradients of the forward's leaves, from those of its outputs; both one tensor, or a list, None where there is
@@ -149,6 +159,20 @@ class Stage:
         self._work.clear()
         if self._deferral is not None:
             self._deferral.take()
+
+
+def _ways(
+    units: Sequence[Unit],
+    train: Sequence[nn.Module],
+    evaluate: Sequence[nn.Module],
+    first: int,
+    device: torch.device,
+    recompute: Sequence[str],
+) -> tuple[dict[bool, Forward], Forward]:
+    """The forwards of a step, by ``root.training``, and that of an evaluation."""
+    ways = (train, recompute), (evaluate, recompute), (evaluate, None)
+    in_training, in_evaluation, alone = chains(units, first, device, *ways)
+    return {True: in_training, False: in_evaluation}, alone
 
 
 def _own_gradients(fresh: Sequence[nn.Parameter], used: Sequence[torch.Tensor | None]) -> list[nn.Parameter]:

@@ -130,7 +130,7 @@ def _call(value: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]) -> Any:
 def _children(container: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in container._modules.items():  # named_children() leaves out a module that stands here twice
         assert child is not None
-        if type(child) is nn.Sequential and len(child) > 0 and not _hooks(child):
+        if type(child) is nn.Sequential and len(child) > 0 and not hooked(child):
             yield from _children(child, f"{prefix}{name}.")
         else:
             yield prefix + name, child
@@ -162,7 +162,8 @@ def _lazy(model: Sequence[LayerSpec], seed: int) -> tuple[nn.Module, list[Unit]]
     return nn.Module(), [unit(index, spec) for index, spec in enumerate(model)]
 
 
-def _hooks(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks of its own watch it."""
     return any(
         getattr(module, kind)
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -170,7 +171,7 @@ def _hooks(module: nn.Module) -> bool:
 
 
 def _refuse_hooks(module: nn.Module) -> None:
-    if _hooks(module):
+    if hooked(module):
         raise ConfigError(
             f"{type(module).__name__} has hooks of its own, and no rank runs it whole; put the hooks on its layers"
         )
