@@ -55,11 +55,13 @@ class Assembly:
         rank: int | None,
         stages: Mapping[int, Stage],
         loss_fn: Callable[[Any, Any], Any],
+        loss_path: str,
         transport: Transport,
         senders: Mapping[str, Sender],
         receivers: Mapping[str, Receiver],
     ):
         self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
+        self.loss_path = loss_path
         last = stages.get(blueprint.schedule.stages - 1)
         self.loss = Loss(loss_fn, None if last is None else last.head)
         self.senders, self.receivers = senders, receivers

@@ -19,11 +19,11 @@ from pipekern.stage.waiting import gradient_dtype, is_free
 LOSSES = (nn.CrossEntropyLoss, CrossEntropyLoss)
 
 
-def choose_head(units: Sequence[Unit], loss_fn: Any, wanted: bool) -> tuple[Head | None, str]:
+def choose_head(units: Sequence[Unit], loss_fn: Any, wanted: bool | None) -> tuple[Head | None, str]:
     """The head of the last stage, if its product is left to the loss; and what is done, in words."""
     try:
         if not wanted:
-            raise ConfigError("fuse_loss=False")
+            raise ConfigError("fuse_loss is not set, or the last stage is on a CPU")
         if type(loss_fn) not in LOSSES or loss_fn.reduction == "none":
             raise ConfigError("loss_fn is no nn.CrossEntropyLoss or pk.nn.CrossEntropyLoss that sums or averages")
         if loss_fn.weight is not None:

@@ -40,7 +40,7 @@ class Options:
     timeout: float
     inputs: Sequence[str] | None = None
     memory: float | Sequence[float] | None = None
-    fuse_loss: bool = True
+    fuse_loss: bool | None = None
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""

@@ -17,7 +17,6 @@ from pipekern.runtime import microbatch
 from pipekern.runtime.batch import Batch, divide
 from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor
-from pipekern.runtime.head_loss import choose_head
 from pipekern.runtime.measure import gathered
 from pipekern.runtime.nonfinite import Guard
 from pipekern.runtime.options import Options, Split
@@ -58,7 +57,8 @@ class Pipeline:
     * ``inputs``: parameters of the module's forward that ``x`` gives, by a dict or by a tuple in this order; if None,
       those without a default, else the first.
     * ``fuse_loss``: a last layer that is an ``nn.Linear``, and an ``nn.CrossEntropyLoss`` or ``pk.nn.CrossEntropyLoss``
-      without class weights, run as one: the logits of all tokens are never there. ``loss_path`` says what is done.
+      without class weights, run as one: the logits of all tokens are never there. If None, where the last stage is on a
+      GPU: on a CPU it saves memory and costs time. ``loss_path`` says what is done.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
@@ -84,7 +84,7 @@ class Pipeline:
         timeout: float = 60.0,
         inputs: Sequence[str] | None = None,
         memory: float | Sequence[float] | None = None,
-        fuse_loss: bool = True,
+        fuse_loss: bool | None = None,
     ):
         self._parts = start(
             Options(
@@ -92,7 +92,7 @@ class Pipeline:
                 transport, timeout, inputs, memory, fuse_loss,
             )
         )  # fmt: skip
-        self.loss_path = choose_head(self._parts.blueprint.stages[-1], loss_fn, fuse_loss)[1]
+        self.loss_path = self._parts.loss_path
         self._guard = Guard(self._parts, on_nonfinite)
         self._seed = seed
         self._step = 0

@@ -11,6 +11,7 @@ import torch
 from pipekern.errors import ConfigError, PipekernError
 from pipekern.runtime.assembly import Assembly, build_stages, links
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
+from pipekern.runtime.head_loss import choose_head
 from pipekern.runtime.limits import limits, memory_of
 from pipekern.runtime.options import Options
 from pipekern.runtime.profile import LayerCosts
@@ -38,9 +39,12 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
     if rank is not None:
         free_others(blueprint, owned(blueprint, here))
+    if options.fuse_loss is None:  # on a CPU it saves memory and costs time
+        options = replace(options, fuse_loss=devices[schedule.stage_rank[-1]].type == "cuda")
+    loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
     stages = build_stages(blueprint, here, devices, options)
     transport, senders, receivers = open_transport(options.transport, links(blueprint), schedule.ranks, world)
-    return Assembly(blueprint, rank, stages, options.loss_fn, transport, senders, receivers)
+    return Assembly(blueprint, rank, stages, options.loss_fn, loss_path, transport, senders, receivers)
 
 
 def _agreed(options: Options, world: World | None) -> tuple[Blueprint, list[torch.device]]:

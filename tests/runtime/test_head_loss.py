@@ -57,7 +57,7 @@ def test_golden() -> None:
     head = nn.Linear(1, 2, bias=False)
     nn.init.zeros_(head.weight)
     model = nn.Sequential(nn.Identity(), head)
-    with pk.Pipeline(model, loss_fn=nn.CrossEntropyLoss(), microbatches=1, ranks=2) as pipe:
+    with pk.Pipeline(model, loss_fn=nn.CrossEntropyLoss(), microbatches=1, ranks=2, fuse_loss=True) as pipe:
         assert pipe.loss_path == "linear_cross_entropy over 1, 1 → 2"
         loss = pipe.train_step(torch.ones(1, 1), torch.tensor([0]))
     assert loss.item() == pytest.approx(0.6931472)
@@ -77,7 +77,7 @@ LOSSES = [
 @pytest.mark.parametrize("loss_fn", LOSSES, ids=str)
 def test_as_the_unsplit_model(processes: bool, loss_fn: nn.CrossEntropyLoss, seed: int) -> None:
     """In float64 to 1e-12, with a bias."""
-    check(classifier, loss_fn, *batch(ignored=loss_fn.ignore_index), processes=processes, seed=seed)
+    check(classifier, loss_fn, *batch(ignored=loss_fn.ignore_index), processes=processes, seed=seed, fuse_loss=True)
 
 
 @pytest.mark.parametrize("build", [Sequences, tied])
@@ -86,12 +86,12 @@ def test_sequences(build: Any, schedule: str, seed: int) -> None:
     """Also with a head that is the embedding, on another stage."""
     tokens, target = (torch.randint(0, CLASSES, (8, 5)) for _ in range(2))
     target[0] = -100
-    check(build, nn.CrossEntropyLoss(), tokens, target, processes=False, seed=seed, schedule=schedule)
+    check(build, nn.CrossEntropyLoss(), tokens, target, processes=False, seed=seed, schedule=schedule, fuse_loss=True)
 
 
 def test_probabilities_as_targets(seed: int) -> None:
     target = torch.rand(10, CLASSES, dtype=torch.float64).softmax(-1)
-    check(classifier, nn.CrossEntropyLoss(), batch()[0], target, processes=False, seed=seed)
+    check(classifier, nn.CrossEntropyLoss(), batch()[0], target, processes=False, seed=seed, fuse_loss=True)
 
 
 class Widest(TorchFunctionMode):
@@ -144,7 +144,9 @@ def test_low_precision(dtype: torch.dtype, seed: int) -> None:
 def test_gradients_add_up_and_repeat(seed: int) -> None:
     """Two steps give twice the gradient; the same bits again after clearing."""
     model, (x, target) = classifier().float(), batch()
-    with pk.Pipeline(model, loss_fn=nn.CrossEntropyLoss(), microbatches=4, ranks=2, schedule="gpipe") as pipe:
+    with pk.Pipeline(
+        model, loss_fn=nn.CrossEntropyLoss(), microbatches=4, ranks=2, schedule="gpipe", fuse_loss=True
+    ) as pipe:
         found = []
         for _ in range(2):
             pipe.parameters()
@@ -169,7 +171,7 @@ def test_a_main_gradient_is_added_to_at_once(monkeypatch: pytest.MonkeyPatch) ->
     head = pk.nn.Linear(HIDDEN, CLASSES, dtype=torch.bfloat16)
     model = nn.Sequential(nn.Linear(4, HIDDEN, dtype=torch.bfloat16), nn.Tanh(), head)
     x, target = batch()
-    with pk.Pipeline(model, loss_fn=nn.CrossEntropyLoss(), microbatches=2, ranks=2) as pipe:
+    with pk.Pipeline(model, loss_fn=nn.CrossEntropyLoss(), microbatches=2, ranks=2, fuse_loss=True) as pipe:
         pipe.train_step(x.bfloat16(), target)
     assert head.weight.grad is not None and head.weight.grad.dtype is torch.float32
     assert [one is head.weight.grad for one in given] == [True, True]
@@ -185,11 +187,11 @@ def test_a_main_gradient_is_added_to_at_once(monkeypatch: pytest.MonkeyPatch) ->
     ids=["weights", "function", "tanh"],
 )
 def test_reasons(model: nn.Module, loss_fn: Any, why: str) -> None:
-    with pk.Pipeline(model, loss_fn=loss_fn, microbatches=1, ranks=2) as pipe:
+    with pk.Pipeline(model, loss_fn=loss_fn, microbatches=1, ranks=2, fuse_loss=True) as pipe:
         assert pipe.loss_path.startswith("logits of every micro-batch: ") and why in pipe.loss_path
 
 
 def test_outputs_are_the_logits(seed: int) -> None:
     model, (x, _) = classifier().double(), batch()
-    with pk.Pipeline(model, loss_fn=nn.CrossEntropyLoss(), microbatches=2, ranks=2) as pipe:
+    with pk.Pipeline(model, loss_fn=nn.CrossEntropyLoss(), microbatches=2, ranks=2, fuse_loss=True) as pipe:
         torch.testing.assert_close(pipe.eval_step(x), model(x), rtol=1e-12, atol=1e-12)
