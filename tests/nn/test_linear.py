@@ -11,6 +11,7 @@ from torch import nn
 import pipekern as pk
 from pipekern.stage.deferral import Deferral
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs torch with Tensor.grad_dtype")
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 

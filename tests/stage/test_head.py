@@ -96,6 +96,7 @@ def test_no_head(layer: nn.Module, why: str) -> None:
         find_head(last(model))
 
 
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="needs torch with Tensor.grad_dtype")
 def test_a_head_with_a_main_gradient() -> None:
     layer = pk.nn.Linear(4, 7)
     assert find_head(last(nn.Sequential(nn.Tanh(), layer))).linear is layer

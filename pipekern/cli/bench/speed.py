@@ -40,7 +40,8 @@ def _mode(row: Row, case: Case, prepare: Callable[..., Callable[[], Any]], rates
         if row.mode == "graph":
             return [_graph(row, case, run, rates)]
         if row.mode == "compiled":
-            run = torch.compile(run, fullgraph=True, dynamic=False)
+            torch.compiler.reset()  # every case is the same lambda to it, which it compiles a few times only
+            run = torch.compile(run, fullgraph=row.contender == "pipekern", dynamic=False)
         return list(_directions(row, case, run, rates))
     except Exception as problem:  # of a mode that a library does not know; one of ours is a fault of the report
         return [row._replace(note=f"{type(problem).__name__}: {problem}".splitlines()[0])]
