@@ -1,0 +1,411 @@
+// A stand-in for libcuda.so.1 that runs the transport's own code on a machine without a GPU. Streams are threads, a
+// device's memory is a memfd, waits poll. The legacy default stream does everything at once, in the calling thread: the
+// stream of a CPU. It shows order and protocol; it shows nothing of a GPU's memory model or speed.
+#include "fake_driver.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <set>
+#include <sstream>
+#include <vector>
+
+#include "cuda/driver.h"
+#include "fake_kernels.h"
+#include "fake_queue.h"
+
+namespace cuda = pipekern::cuda;
+
+namespace fake {
+namespace {
+
+constexpr int kInvalidValue = 1, kInvalidContext = 201, kNotFound = 500, kUnknown = 999, kRegisteredAlready = 712,
+              kPeerUnsupported = 217;
+
+struct Block {
+    int fd = -1;
+    std::size_t bytes;
+};
+struct Device {
+    int ordinal = 0, retained = 0;
+};
+
+struct State {
+    std::mutex mutex;
+    Device devices[8];
+    std::map<cuda::Pointer, Block> allocations, imports;
+    std::map<std::uintptr_t, std::size_t> registered;
+    std::set<void*> streams, events, modules;
+    std::shared_ptr<Queue> shared;
+};
+State& state() {
+    static auto* state = new State;
+    return *state;
+}
+thread_local std::vector<Device*> current;
+
+Knobs* read_knobs() {
+    auto* knobs = new Knobs;
+    const std::map<std::string, std::atomic<int>*> names = {
+        {"devices", &knobs->devices}, {"jitter", &knobs->jitter},   {"one_queue", &knobs->one_queue},
+        {"no_ipc", &knobs->no_ipc},   {"no_peer", &knobs->no_peer}, {"no_stream_ops", &knobs->no_stream_ops},
+        {"fail", &knobs->fail}};
+    const char* text = std::getenv("FAKE_CUDA");
+    std::istringstream words(text ? text : "");
+    for (std::string word; std::getline(words, word, ',');)
+        names.at(word.substr(0, word.find('=')))->store(std::atoi(word.c_str() + word.find('=') + 1));
+    return knobs;
+}
+
+// Counts a call. True if it is to fail.
+bool fails() { return calls().fetch_add(1) + 1 == knobs().fail.load(); }
+
+int map(cuda::Pointer* pointer, int fd, std::size_t bytes) {
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (data == MAP_FAILED) return cuda::kOutOfMemory;
+    *pointer = reinterpret_cast<cuda::Pointer>(data);
+    return 0;
+}
+
+void unmap(std::map<cuda::Pointer, Block>& blocks, cuda::Pointer pointer) {
+    munmap(reinterpret_cast<void*>(pointer), blocks.at(pointer).bytes);
+    if (blocks.at(pointer).fd >= 0) close(blocks.at(pointer).fd);
+    blocks.erase(pointer);
+}
+
+std::shared_ptr<Queue> new_queue() {
+    if (!knobs().one_queue.load()) return std::make_shared<Queue>();
+    const std::lock_guard lock(state().mutex);
+    if (!state().shared) state().shared = std::make_shared<Queue>();
+    return state().shared;
+}
+
+// Does the operation in the stream's turn; at once in the default stream.
+int enqueue(cuda::StreamHandle handle, std::function<void()> operation) {
+    if (current.empty()) return kInvalidContext;
+    if (!handle)
+        operation();
+    else
+        reinterpret_cast<Stream*>(handle)->add(std::move(operation));
+    return 0;
+}
+
+bool is_registered(cuda::Pointer flag) {
+    const std::lock_guard lock(state().mutex);
+    auto next = state().registered.upper_bound(flag);
+    return next != state().registered.begin() && (--next, flag + 8 <= next->first + next->second);
+}
+
+std::atomic<std::uint64_t>& word(cuda::Pointer flag) { return *reinterpret_cast<std::atomic<std::uint64_t>*>(flag); }
+void* at(cuda::Pointer pointer) { return reinterpret_cast<void*>(pointer); }
+
+struct Handle {
+    int pid, fd;
+    std::size_t bytes;
+};
+
+}  // namespace
+
+Knobs& knobs() {
+    static Knobs* all = read_knobs();
+    return *all;
+}
+
+std::atomic<int>& calls() {
+    static std::atomic<int> count{0};
+    return count;
+}
+
+std::string leaks() {
+    State& all = state();
+    const std::lock_guard lock(all.mutex);
+    int retained = 0;
+    for (const Device& device : all.devices) retained += device.retained;
+    std::string text;
+    const auto count = [&text](std::size_t number, const char* what) {
+        if (number) text += std::to_string(number) + " " + what + ", ";
+    };
+    count(all.allocations.size(), "allocations");
+    count(all.imports.size(), "imports");
+    count(all.registered.size(), "registrations");
+    count(all.streams.size(), "streams");
+    count(all.events.size(), "events");
+    count(all.modules.size(), "modules");
+    count(static_cast<std::size_t>(retained), "contexts");
+    return text;
+}
+
+long allocated_bytes() {
+    const std::lock_guard lock(state().mutex);
+    long bytes = 0;
+    for (const auto& [pointer, block] : state().allocations) bytes += static_cast<long>(block.bytes);
+    return bytes;
+}
+
+}  // namespace fake
+
+using namespace fake;
+using cuda::ContextHandle;
+using cuda::EventHandle;
+using cuda::FunctionHandle;
+using cuda::IpcHandle;
+using cuda::ModuleHandle;
+using cuda::Pointer;
+using cuda::StreamHandle;
+
+#define API(name, ...) extern "C" FAKE_VISIBLE int name(__VA_ARGS__)
+#define COUNTED \
+    if (fails()) return kUnknown
+#define IN_CONTEXT \
+    COUNTED;       \
+    if (current.empty()) return kInvalidContext
+
+API(cuInit, unsigned) {
+    COUNTED;
+    return 0;
+}
+API(cuDriverGetVersion, int* version) {
+    COUNTED;
+    *version = 13000;
+    return 0;
+}
+API(cuGetErrorName, int result, const char** text) {
+    *text = result == kUnknown ? "CUDA_ERROR_UNKNOWN" : "CUDA_ERROR_OF_THE_STAND_IN";
+    return 0;
+}
+API(cuGetErrorString, int, const char** text) {
+    *text = "the stand-in refuses";
+    return 0;
+}
+API(cuDeviceGetCount, int* count) {
+    COUNTED;
+    *count = knobs().devices;
+    return 0;
+}
+API(cuDeviceGet, int* device, int ordinal) {
+    COUNTED;
+    *device = ordinal;
+    return 0;
+}
+API(cuDeviceGetName, char* name, int bytes, int device) {
+    COUNTED;
+    std::snprintf(name, static_cast<std::size_t>(bytes), "stand-in %d", device);
+    return 0;
+}
+API(cuDeviceGetAttribute, int* value, int attribute, int) {
+    COUNTED;
+    *value = attribute == cuda::kComputeMajor ? 9 : attribute == cuda::kStreamMemoryOps64 && !knobs().no_stream_ops;
+    return 0;
+}
+API(cuDeviceCanAccessPeer, int* can, int, int) {
+    COUNTED;
+    *can = !knobs().no_peer;
+    return 0;
+}
+API(cuDevicePrimaryCtxRetain, ContextHandle* context, int device) {
+    COUNTED;
+    const std::lock_guard lock(state().mutex);
+    Device& found = state().devices[device];
+    found.ordinal = device;
+    ++found.retained;
+    *context = reinterpret_cast<ContextHandle>(&found);
+    return 0;
+}
+API(cuDevicePrimaryCtxRelease_v2, int device) {
+    COUNTED;
+    const std::lock_guard lock(state().mutex);
+    --state().devices[device].retained;
+    return 0;
+}
+API(cuCtxPushCurrent_v2, ContextHandle context) {
+    COUNTED;
+    current.push_back(reinterpret_cast<Device*>(context));
+    return 0;
+}
+API(cuCtxPopCurrent_v2, ContextHandle* context) {
+    if (current.empty()) return kInvalidContext;
+    *context = reinterpret_cast<ContextHandle>(current.back());
+    current.pop_back();
+    return 0;
+}
+API(cuCtxEnablePeerAccess, ContextHandle, unsigned) {
+    IN_CONTEXT;
+    return knobs().no_peer ? kPeerUnsupported : 0;
+}
+API(cuMemAlloc_v2, Pointer* pointer, std::size_t bytes) {
+    IN_CONTEXT;
+    const int fd = memfd_create("fake device", MFD_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, static_cast<off_t>(bytes)) != 0) return cuda::kOutOfMemory;
+    const int result = map(pointer, fd, bytes);
+    const std::lock_guard lock(state().mutex);
+    if (result == 0) state().allocations[*pointer] = {fd, bytes};
+    return result;
+}
+API(cuMemFree_v2, Pointer pointer) {
+    const std::lock_guard lock(state().mutex);
+    if (!state().allocations.count(pointer)) return kInvalidValue;
+    unmap(state().allocations, pointer);  // whoever still uses it faults
+    return 0;
+}
+API(cuMemcpyAsync, Pointer target, Pointer source, std::size_t bytes, StreamHandle stream) {
+    IN_CONTEXT;
+    return enqueue(stream, [=] { std::memcpy(at(target), at(source), bytes); });
+}
+API(cuMemsetD8Async, Pointer target, unsigned char byte, std::size_t bytes, StreamHandle stream) {
+    IN_CONTEXT;
+    return enqueue(stream, [=] { std::memset(at(target), byte, bytes); });
+}
+API(cuMemHostRegister_v2, void* data, std::size_t bytes, unsigned) {
+    IN_CONTEXT;
+    const std::lock_guard lock(state().mutex);
+    return state().registered.emplace(reinterpret_cast<std::uintptr_t>(data), bytes).second ? 0 : kRegisteredAlready;
+}
+API(cuMemHostUnregister, void* data) {
+    const std::lock_guard lock(state().mutex);
+    return state().registered.erase(reinterpret_cast<std::uintptr_t>(data)) ? 0 : kInvalidValue;
+}
+API(cuMemHostGetDevicePointer_v2, Pointer* pointer, void* data, unsigned) {
+    IN_CONTEXT;
+    *pointer = reinterpret_cast<Pointer>(data);
+    return 0;
+}
+API(cuIpcGetMemHandle, IpcHandle* handle, Pointer pointer) {
+    IN_CONTEXT;
+    if (knobs().no_ipc) return cuda::kNotSupported;
+    const std::lock_guard lock(state().mutex);
+    const Block& block = state().allocations.at(pointer);
+    const Handle content{getpid(), block.fd, block.bytes};
+    std::memcpy(handle->bytes, &content, sizeof content);
+    return 0;
+}
+API(cuIpcOpenMemHandle_v2, Pointer* pointer, IpcHandle handle, unsigned) {
+    IN_CONTEXT;
+    Handle content;
+    std::memcpy(&content, handle.bytes, sizeof content);
+    if (content.pid == getpid()) return kInvalidContext;
+    const std::string path = "/proc/" + std::to_string(content.pid) + "/fd/" + std::to_string(content.fd);
+    const int fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
+    if (fd < 0) return kInvalidValue;
+    const int result = map(pointer, fd, content.bytes);
+    close(fd);
+    const std::lock_guard lock(state().mutex);
+    if (result == 0) state().imports[*pointer] = {-1, content.bytes};
+    return result;
+}
+API(cuIpcCloseMemHandle, Pointer pointer) {
+    const std::lock_guard lock(state().mutex);
+    if (!state().imports.count(pointer)) return kInvalidValue;
+    unmap(state().imports, pointer);
+    return 0;
+}
+API(cuStreamCreate, StreamHandle* stream, unsigned) {
+    IN_CONTEXT;
+    auto* made = new Stream{new_queue()};
+    const std::lock_guard lock(state().mutex);
+    state().streams.insert(made);
+    *stream = reinterpret_cast<StreamHandle>(made);
+    return 0;
+}
+API(cuStreamDestroy_v2, StreamHandle stream) {
+    {
+        const std::lock_guard lock(state().mutex);
+        state().streams.erase(stream);
+    }
+    delete reinterpret_cast<Stream*>(stream);
+    return 0;
+}
+API(cuStreamQuery, StreamHandle stream) {
+    COUNTED;
+    return stream && reinterpret_cast<Stream*>(stream)->pending->load() ? cuda::kNotReady : 0;
+}
+API(cuStreamSynchronize, StreamHandle stream) {
+    COUNTED;
+    while (stream && reinterpret_cast<Stream*>(stream)->pending->load()) fake::pause();
+    return 0;
+}
+API(cuStreamWaitEvent, StreamHandle stream, EventHandle event, unsigned) {
+    IN_CONTEXT;
+    const auto moment = reinterpret_cast<Event*>(event)->moment;
+    return enqueue(stream, [moment, number = moment->recorded.load()] {
+        while (moment->done.load() < number) fake::pause();
+    });
+}
+API(cuStreamWaitValue64_v2, StreamHandle stream, Pointer flag, std::uint64_t value, unsigned) {
+    IN_CONTEXT;
+    if (knobs().no_stream_ops) return cuda::kNotSupported;
+    if (!is_registered(flag)) return kInvalidValue;
+    return enqueue(stream, [=] {
+        while (static_cast<std::int64_t>(word(flag).load(std::memory_order_acquire) - value) < 0) fake::pause();
+    });
+}
+API(cuStreamWriteValue64_v2, StreamHandle stream, Pointer flag, std::uint64_t value, unsigned) {
+    IN_CONTEXT;
+    if (knobs().no_stream_ops) return cuda::kNotSupported;
+    if (!is_registered(flag)) return kInvalidValue;
+    return enqueue(stream, [=] { word(flag).store(value, std::memory_order_release); });
+}
+API(cuLaunchHostFunc, StreamHandle stream, void (*function)(void*), void* data) {
+    IN_CONTEXT;
+    return enqueue(stream, [=] { function(data); });
+}
+API(cuEventCreate, EventHandle* event, unsigned) {
+    IN_CONTEXT;
+    auto* made = new Event;
+    const std::lock_guard lock(state().mutex);
+    state().events.insert(made);
+    *event = reinterpret_cast<EventHandle>(made);
+    return 0;
+}
+API(cuEventDestroy_v2, EventHandle event) {
+    {
+        const std::lock_guard lock(state().mutex);
+        state().events.erase(event);
+    }
+    delete reinterpret_cast<Event*>(event);
+    return 0;
+}
+API(cuEventRecord, EventHandle event, StreamHandle stream) {
+    IN_CONTEXT;
+    const auto moment = reinterpret_cast<Event*>(event)->moment;
+    const std::uint64_t number = moment->recorded.fetch_add(1) + 1;
+    return enqueue(stream, [moment, number] { moment->done.store(number); });
+}
+API(cuEventQuery, EventHandle event) {
+    COUNTED;
+    const auto& moment = *reinterpret_cast<Event*>(event)->moment;
+    return moment.done.load() < moment.recorded.load() ? cuda::kNotReady : 0;
+}
+API(cuModuleLoadData, ModuleHandle* module, const void* image) {
+    IN_CONTEXT;
+    if (!image) return kInvalidValue;
+    auto* made = new int;
+    const std::lock_guard lock(state().mutex);
+    state().modules.insert(made);
+    *module = reinterpret_cast<ModuleHandle>(made);
+    return 0;
+}
+API(cuModuleUnload, ModuleHandle module) {
+    const std::lock_guard lock(state().mutex);
+    state().modules.erase(module);
+    delete reinterpret_cast<int*>(module);
+    return 0;
+}
+API(cuModuleGetFunction, FunctionHandle* function, ModuleHandle, const char* name) {
+    IN_CONTEXT;
+    *function = reinterpret_cast<FunctionHandle>(find_kernel(name));
+    return *function ? 0 : kNotFound;
+}
+API(cuLaunchKernel, FunctionHandle function, unsigned grid, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+    StreamHandle stream, void** arguments, void**) {
+    IN_CONTEXT;
+    if (grid == 0) return kInvalidValue;
+    const auto kernel = reinterpret_cast<Kernel>(function);
+    const auto tensor = *static_cast<Pointer*>(arguments[0]), slot = *static_cast<Pointer*>(arguments[1]);
+    const auto count = *static_cast<std::uint64_t*>(arguments[2]);
+    return enqueue(stream, [=] { kernel(at(tensor), at(slot), count); });
+}
