@@ -170,11 +170,15 @@ void DeviceReceiver::give_back(std::uint64_t seq, StreamHandle consumer) noexcep
 void DeviceReceiver::mark(StreamHandle consumer) { consumers_[consumer].record(consumer); }
 
 // Whether streams are through with the link.
-bool DeviceReceiver::drained() {
-    const Current current(*context_);
-    for (const auto& [stream, event] : consumers_)
-        if (!event.passed()) return false;
-    return landing_->idle();
+bool DeviceReceiver::drained() const {
+    try {
+        const Current current(*context_);
+        for (const auto& [stream, event] : consumers_)
+            if (!event.passed()) return false;
+        return landing_->idle();
+    } catch (const Failure&) {  // the device has failed: nothing runs on it any more
+        return true;
+    }
 }
 
 bool DeviceReceiver::owns(std::uintptr_t pointer) const {
@@ -275,6 +279,7 @@ void DeviceReceiver::poison(std::uint64_t place) {
 }
 
 void DeviceReceiver::close() {
+    if (job_->session()->inherited.load()) return;
     board_->closing().store(1);
     steward_->ring(host_.source());
     for (bool through = false; !through; std::this_thread::sleep_for(kLook)) {

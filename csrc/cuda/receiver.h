@@ -77,7 +77,7 @@ class DeviceReceiver : public Ward, public std::enable_shared_from_this<DeviceRe
     void land(Delivery& delivery, const Slots& slots, StreamHandle consumer);
     void give_back(std::uint64_t seq, StreamHandle consumer) noexcept;
     void mark(StreamHandle consumer);
-    bool drained();
+    bool drained() const;
     void grant();
     Slots make_slots(const Board::Want& want, std::uint32_t generation);
     void pass(const std::shared_ptr<Memory>& shared, std::uint32_t generation);

@@ -58,17 +58,15 @@ bool DeviceSender::free(std::uint64_t tag) {
 }
 
 bool DeviceSender::send(Label label, std::vector<Piece> pieces, const std::vector<DeviceTensor>& tensors,
-                        StreamHandle producer, std::shared_ptr<void> keep) {
-    std::vector<std::shared_ptr<void>> done;  // dropped last, without the lock: that may take another
+                        StreamHandle producer, bool given) {
     const std::lock_guard lock(mutex_);
-    take_done(done);
     if (!free(label.tag)) return false;
     const Parcel parcel = lay_out(tensors, codec_);
     if (tensors.empty()) return host_.send(label, pieces.data(), pieces.size());
     label.flags |= kDevice;
     provide(parcel, label.tag);
     return host_.send(label, pieces.data(), pieces.size(),
-                      [&] { enqueue(parcel, tensors, producer, std::move(keep)); });
+                      [&] { enqueue(parcel, tensors, producer, given); });
 }
 
 bool DeviceSender::fits(const Parcel& parcel) const {
@@ -133,14 +131,13 @@ void DeviceSender::import_slots(Slots& slots) {
     }
 }
 
-void DeviceSender::enqueue(const Parcel& parcel, const std::vector<DeviceTensor>& tensors, StreamHandle producer,
-                           std::shared_ptr<void> keep) {
+void DeviceSender::enqueue(const Parcel& parcel, const std::vector<DeviceTensor>& tensors, StreamHandle producer, bool given) {
     const Current current(*context_);
     const std::uint64_t seq = host_.next(), place = (seq - 1) % used_.size();
     Board::Lane& lane = board_->lane(seq);
-    InFlight sent;
+    Event read;
     if (!spare_.empty()) {
-        sent.done = std::move(spare_.back());
+        read = std::move(spare_.back());
         spare_.pop_back();
     }
 
@@ -157,26 +154,21 @@ void DeviceSender::enqueue(const Parcel& parcel, const std::vector<DeviceTensor>
     // 3. The message is whole.
     lane.generation = generation_;
     flags_.write(copy_->handle(), lane.data, seq, &host_.receiver_sleeping());
-    sent.done.record(copy_->handle());
-    sent.keep = std::move(keep);
-    in_flight_.push_back(std::move(sent));
+    read.record(copy_->handle());
+    if (!given) demand(Driver::get().stream_wait_event(producer, read.handle(), 0), "waiting for an event");
+    in_flight_.push_back(std::move(read));
     used_[place] = seq;
 }
 
-void DeviceSender::take_done(std::vector<std::shared_ptr<void>>& done) {
-    if (in_flight_.empty()) return;
+std::uint64_t DeviceSender::reap() {
+    const std::lock_guard lock(mutex_);
+    if (in_flight_.empty()) return read_;
     const Current current(*context_);
-    while (!in_flight_.empty() && in_flight_.front().done.passed()) {
-        done.push_back(std::move(in_flight_.front().keep));
-        spare_.push_back(std::move(in_flight_.front().done));
+    for (; !in_flight_.empty() && in_flight_.front().passed(); ++read_) {
+        spare_.push_back(std::move(in_flight_.front()));
         in_flight_.pop_front();
     }
-}
-
-void DeviceSender::reap() {
-    std::vector<std::shared_ptr<void>> done;
-    const std::lock_guard lock(mutex_);
-    take_done(done);
+    return read_;
 }
 
 std::string DeviceSender::way() const {
@@ -189,15 +181,11 @@ std::string DeviceSender::way() const {
 void DeviceSender::tend() {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock || ended_) return;
-    try {
-        const Current current(*context_);
-        const bool idle = copy_->idle();
-        if (!idle && job_->page().aborted())
-            for (std::uint64_t seq = 1; seq <= board_->slots(); ++seq) board_->lane(seq).credit.store(kReleased);
-        if (idle && board_->closing().load()) end();
-    } catch (const Failure& failure) {
-        job_->abort(failure.what());
-    }
+    const bool idle = is_idle();
+    // The streams that were to write these flags may be gone. Where they are not, they may write them once more.
+    if (!idle && job_->page().aborted())
+        for (std::uint64_t seq = 1; seq <= board_->slots(); ++seq) board_->lane(seq).credit.store(kReleased);
+    if (idle && board_->closing().load()) end();
 }
 
 void DeviceSender::end() {
@@ -208,13 +196,20 @@ void DeviceSender::end() {
     steward_->ring(host_.target());
 }
 
-void DeviceSender::close() {
-    for (bool idle = false; !idle; std::this_thread::sleep_for(kLook)) {
-        std::deque<InFlight> done;
-        const std::lock_guard lock(mutex_);
+bool DeviceSender::is_idle() const {
+    try {
         const Current current(*context_);
-        idle = copy_->idle();
-        if (idle) std::swap(done, in_flight_);
+        return copy_->idle();
+    } catch (const Failure&) {  // the device has failed: nothing runs on it any more
+        return true;
+    }
+}
+
+void DeviceSender::close() {
+    if (job_->session()->inherited.load()) return;
+    for (bool idle = false; !idle; std::this_thread::sleep_for(kLook)) {
+        const std::lock_guard lock(mutex_);
+        idle = is_idle();
         if (idle && !ended_) end();
     }
 }

@@ -30,12 +30,13 @@ class DeviceSender : public Ward {
 
     // Queues the tensors' way into the next slot after what `producer` has queued by now, copies the pieces, and
     // announces the message; false at once when no slot is free. The first messages wait for the receiver's steward to
-    // make slots. `keep` is dropped once the tensors have been read.
+    // make slots. The tensors must stay until they have been read, see reap(); with `given`, later work of `producer`
+    // must not change them before, else it is made to wait.
     bool send(Label label, std::vector<Piece> pieces, const std::vector<DeviceTensor>& tensors, StreamHandle producer,
-              std::shared_ptr<void> keep);
+              bool given);
 
-    // Drops what has been read. Cheap where nothing is in flight.
-    void reap();
+    // How many of the messages with tensors have been read, in the order in which they were sent.
+    std::uint64_t reap();
 
     // "ipc", "staged: the reason", ...; empty before the first tensor.
     std::string way() const;
@@ -53,18 +54,13 @@ class DeviceSender : public Ward {
         std::uint64_t landing_bytes = 0;
         std::shared_ptr<void> owner;
     };
-    struct InFlight {
-        Event done;
-        std::shared_ptr<void> keep;
-    };
 
     void provide(const Parcel& parcel, std::uint64_t tag);
     bool fits(const Parcel& parcel) const;
     std::string ask(Way way, const Parcel& parcel, std::uint64_t tag);
     void import_slots(Slots& slots);
-    void enqueue(const Parcel& parcel, const std::vector<DeviceTensor>& tensors, StreamHandle producer,
-                 std::shared_ptr<void> keep);
-    void take_done(std::vector<std::shared_ptr<void>>& done);
+    void enqueue(const Parcel& parcel, const std::vector<DeviceTensor>& tensors, StreamHandle producer, bool given);
+    bool is_idle() const;
     void end();
 
     std::shared_ptr<Job> job_;
@@ -79,7 +75,8 @@ class DeviceSender : public Ward {
     std::unique_ptr<Stream> copy_;
     std::unique_ptr<Event> ready_;
     std::vector<Event> spare_;
-    std::deque<InFlight> in_flight_;
+    std::deque<Event> in_flight_;
+    std::uint64_t read_ = 0;
     std::vector<std::uint64_t> used_;  // by slot: the last message whose tensors lay in it
     Slots slots_;
     std::vector<std::shared_ptr<void>> outgrown_;  // may still be read by messages on their way

@@ -112,9 +112,10 @@ class Lane:
     def _send_output(self, microbatch: int, kind: int) -> None:
         assert self._ends.forward_out is not None
         digest = self.batch.digest if microbatch == 0 else 0
-        self._outgoing.send(
-            self._ends.forward_out, kind | self.batch.tag | microbatch, self._outputs.pop(microbatch), digest
-        )
+        tag = kind | self.batch.tag | microbatch
+        # Without a graph it may be a buffer of the stage's, which the next micro-batch changes.
+        given = torch.is_grad_enabled()
+        self._outgoing.send(self._ends.forward_out, tag, self._outputs.pop(microbatch), digest, given)
 
     # -- backward
 
@@ -138,6 +139,5 @@ class Lane:
     def send_backward(self, microbatch: int) -> None:
         """SEND_B."""
         assert self._ends.backward_out is not None
-        self._outgoing.send(
-            self._ends.backward_out, BACKWARD_TAG | self.batch.tag | microbatch, self._returned.pop(microbatch)
-        )
+        tag = BACKWARD_TAG | self.batch.tag | microbatch
+        self._outgoing.send(self._ends.backward_out, tag, self._returned.pop(microbatch), given=True)

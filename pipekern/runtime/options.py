@@ -14,7 +14,7 @@ from pipekern.runtime.profile import LayerCosts
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.recompute import CHOICES
 from pipekern.stage.spec import LayerSpec
-from pipekern.transport.open import choose
+from pipekern.transport.open import check_name
 
 POLICIES = ("raise", "skip", "ignore")
 
@@ -43,7 +43,7 @@ class Options:
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
-        choose(self.transport, None)
+        check_name(self.transport)
         for name, choices in (("recompute", (*CHOICES, "auto")), ("on_nonfinite", POLICIES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")

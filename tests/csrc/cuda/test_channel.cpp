@@ -59,7 +59,7 @@ struct Link {
         source.copy(tensor, values.data(), 4 * values.size());
         Label label{tag, 0, kU32, 1, 0};
         label.shape[0] = static_cast<std::uint32_t>(values.size());
-        const bool sent = sender.send(label, {}, {{tensor, values.size(), kU32}}, source.handle(), nullptr);
+        const bool sent = sender.send(label, {}, {{tensor, values.size(), kU32}}, source.handle(), true);
         source.synchronize();  // `values` may go
         return sent;
     }
