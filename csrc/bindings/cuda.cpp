@@ -66,8 +66,7 @@ bool send_bundle(DeviceSender& sender, std::uint64_t tag, const std::string& des
     if (!tensors.empty()) pieces.push_back({table.data(), 8 * table.size()});
     for (const auto& [pointer, bytes] : on_host) pieces.push_back({reinterpret_cast<const void*>(pointer), bytes});
     const py::gil_scoped_release release;
-    return sender.send(bundle_label(tag, descriptor, digest), std::move(pieces), tensors, stream_of(stream),
-                       given);
+    return sender.send(bundle_label(tag, descriptor, digest), std::move(pieces), tensors, stream_of(stream), given);
 }
 
 bool await(DeviceReceiver& receiver, std::uint64_t tag, double wait) {
@@ -153,9 +152,8 @@ std::shared_ptr<DeviceSender> make_sender(const std::shared_ptr<Job>& job, const
 }
 
 TorchReceiver make_receiver(const std::shared_ptr<Job>& job, const std::shared_ptr<Steward>& steward,
-                            std::uint32_t number, const std::string& name, int source, std::uint64_t slots,
-                            Codec codec, const std::shared_ptr<Context>& context, bool wait_on_host,
-                            std::pair<int, int> device) {
+                            std::uint32_t number, const std::string& name, int source, std::uint64_t slots, Codec codec,
+                            const std::shared_ptr<Context>& context, bool wait_on_host, std::pair<int, int> device) {
     check_link(*job, source, slots);
     return {std::make_shared<DeviceReceiver>(job, steward, LinkName{number, name, slots}, source, codec, context,
                                              wait_on_host),
@@ -217,10 +215,7 @@ void bind_ends(py::module_& m) {
 
 void bind_cuda(py::module_& m) {
     using namespace py::literals;
-    py::enum_<Codec>(m, "Codec")
-        .value("NONE", Codec::kNone)
-        .value("BF16", Codec::kBf16)
-        .value("FP8", Codec::kFp8);
+    py::enum_<Codec>(m, "Codec").value("NONE", Codec::kNone).value("BF16", Codec::kBf16).value("FP8", Codec::kFp8);
     py::class_<Context, std::shared_ptr<Context>>(m, "Context").def(py::init<int>(), "device"_a);
     py::class_<Steward, std::shared_ptr<Steward>>(m, "Steward").def(py::init<std::shared_ptr<Job>>(), "job"_a);
     bind_ends(m);

@@ -10,8 +10,8 @@
 
 namespace pipekern {
 
-// A tensor's memory, which can be copied as it stands, whatever its device. `dtype` is a place in kDtypes; `shape` lives
-// as long as the tensor does.
+// A tensor's memory, which can be copied as it stands, whatever its device. `dtype` is a place in kDtypes; `shape`
+// lives as long as the tensor does.
 struct PlainTensor {
     const void* data;
     std::uint64_t bytes;

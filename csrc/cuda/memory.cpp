@@ -12,7 +12,6 @@ DeviceMemory::DeviceMemory(std::shared_ptr<const Context> context, std::size_t b
     : context_(std::move(context)), size_(align_up(bytes, kDevicePage)) {
     const Driver& driver = Driver::get();
     const Current current(*context_);
-    Stream stream;
     const int result = driver.memory_allocate(&pointer_, size_);
     if (result == kOutOfMemory)
         throw Failure(Fault::kTransport, -1,
@@ -20,6 +19,7 @@ DeviceMemory::DeviceMemory(std::shared_ptr<const Context> context, std::size_t b
                           " MiB left for a link's slots: make micro-batches smaller, or leave it more memory");
     demand(result, "memory for slots");
     try {
+        const Stream stream;
         demand(driver.fill(pointer_, fill, size_, stream.handle()), "filling slots");
         demand(driver.stream_synchronize(stream.handle()), "filling slots");
     } catch (...) {

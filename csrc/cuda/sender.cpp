@@ -65,8 +65,7 @@ bool DeviceSender::send(Label label, std::vector<Piece> pieces, const std::vecto
     if (tensors.empty()) return host_.send(label, pieces.data(), pieces.size());
     label.flags |= kDevice;
     provide(parcel, label.tag);
-    return host_.send(label, pieces.data(), pieces.size(),
-                      [&] { enqueue(parcel, tensors, producer, given); });
+    return host_.send(label, pieces.data(), pieces.size(), [&] { enqueue(parcel, tensors, producer, given); });
 }
 
 bool DeviceSender::fits(const Parcel& parcel) const {
@@ -131,7 +130,8 @@ void DeviceSender::import_slots(Slots& slots) {
     }
 }
 
-void DeviceSender::enqueue(const Parcel& parcel, const std::vector<DeviceTensor>& tensors, StreamHandle producer, bool given) {
+void DeviceSender::enqueue(const Parcel& parcel, const std::vector<DeviceTensor>& tensors, StreamHandle producer,
+                           bool given) {
     const Current current(*context_);
     const std::uint64_t seq = host_.next(), place = (seq - 1) % used_.size();
     Board::Lane& lane = board_->lane(seq);

@@ -11,6 +11,7 @@ import functools
 import gc
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -28,23 +29,23 @@ KNOBS = {
     "fake-cuda-host": {"no_stream_ops": 1, "one_queue": 1},
 }
 ROOT = Path(__file__).parents[2]
-_SOURCES = sorted([*(ROOT / "tests/csrc/cuda").glob("fake_*"), *(ROOT / "csrc/cuda").rglob("*.h")])
+_SOURCES = sorted([*(ROOT / "tests/csrc/cuda").glob("*.*"), *(ROOT / "csrc/cuda").rglob("*.h")])
 
 
 @functools.cache
-def library() -> str:
-    """The path of the stand-in, built by the C++ compiler into the temporary folder; skips the test without one."""
+def library(source: str = "fake_driver", name: str = "libcuda.so.1") -> str:
+    """The path of a source of tests/csrc/cuda built as ``name``; skips the test without a C++ compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("the stand-in driver needs a C++ compiler")
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES)).hexdigest()[:16]
-    target = Path(tempfile.gettempdir(), f"pipekern-fake-{os.getuid()}-{digest}", "libcuda.so.1")
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in _SOURCES)).hexdigest()[:16]
+    target = Path(tempfile.gettempdir(), f"pipekern-fake-{os.getuid()}-{digest}", name)
     if not target.exists():
         target.parent.mkdir(mode=0o700, exist_ok=True)
         staged = target.with_suffix(f".{os.getpid()}")
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1"]
-        source = str(ROOT / "tests/csrc/cuda/fake_driver.cpp")
-        subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o", str(staged)], check=True)
+        flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", f"-Wl,-soname,{name}"]
+        path = str(ROOT / f"tests/csrc/cuda/{source}.cpp")
+        subprocess.run([*shlex.split(compiler), *flags, f"-I{ROOT / 'csrc'}", path, "-o", str(staged)], check=True)
         os.replace(staged, target)
     return str(target)
 

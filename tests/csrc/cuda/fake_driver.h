@@ -20,7 +20,8 @@ struct Knobs {
 };
 FAKE_VISIBLE Knobs& knobs();
 
-// How many calls have been made; setting it starts `fail` anew.
+// How many calls have been made that can fail: neither queries, whose number depends on time, nor what giving back
+// takes. Setting it starts `fail` anew.
 FAKE_VISIBLE std::atomic<int>& calls();
 
 // What has not been given back: "2 streams, 1 allocation"; empty when all has.
