@@ -189,7 +189,7 @@ void DeviceSender::tend() {
 }
 
 void DeviceSender::end() {
-    slots_ = {};
+    slots_.owner.reset();
     outgrown_.clear();
     ended_ = true;
     board_->ended().store(1);

@@ -44,8 +44,21 @@ _needs_extension = pytest.mark.skipif(
     importlib.util.find_spec("pipekern._C") is None, reason="the C++ extension is not built"
 )
 SHM = pytest.param("shm", marks=_needs_extension)
-ON_FAKE_CUDA = [pytest.param(name, marks=_needs_extension) for name in fake_cuda.KNOBS]
-PROCESSES = [SHM, "dist", *ON_FAKE_CUDA]
+# The CUDA transport on the stand-in driver; tests/csrc/cuda runs its C++ in every mode.
+_FULL = [
+    pytest.param(name, marks=[_needs_extension, pytest.mark.full]) for name in fake_cuda.KNOBS if name != "fake-cuda"
+]
+ON_FAKE_CUDA = [pytest.param("fake-cuda", marks=_needs_extension), *_FULL]
+# The real one, two ranks on one device.
+ON_GPU = pytest.param(
+    "cuda",
+    marks=[
+        _needs_extension,
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    ],
+)
+PROCESSES = [SHM, "dist", *ON_FAKE_CUDA, ON_GPU]
 CPUS = [torch.device("cpu")] * 8
 ALL = ["local", *PROCESSES]
 
@@ -107,7 +120,7 @@ def rank_main(transport: str, program: Program, args: Sequence[Any], links: Sequ
     leaks = fake_cuda.load(transport)
     world = join(fake_cuda.real_name(transport), timeout)
     assert world is not None
-    opened = open_transport(fake_cuda.real_name(transport), links, CPUS, world)
+    opened = open_transport(fake_cuda.real_name(transport), links, devices(transport, world.size), world)
     ends = Ends(world.rank, opened.transport, opened.senders, opened.receivers, world)
     steps = program(ends, *args)
     barriers = 0
@@ -128,6 +141,13 @@ def rank_main(transport: str, program: Program, args: Sequence[Any], links: Sequ
     assert_nothing_left()
     assert leaks() == ""
     return result
+
+
+def devices(transport: str, ranks: int) -> list[torch.device]:
+    """One a rank: the GPUs in turn for the real CUDA transport, else the CPU."""
+    if transport != "cuda":
+        return CPUS[:ranks]
+    return [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(ranks)]
 
 
 def _barrier(ends: Ends, number: int) -> None:

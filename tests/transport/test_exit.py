@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.launch import rendezvous
-from tests.transport.programs import PATIENCE, PROCESSES
+from tests.transport import fake_cuda
+from tests.transport.programs import PATIENCE, SHM
 
-on_processes = pytest.mark.parametrize("transport", PROCESSES)
+# With a stand-in, an interpreter more to start for what C++ does alike.
+on_processes = pytest.mark.parametrize(
+    "transport", [SHM, "dist", *(pytest.param(name, marks=pytest.mark.full) for name in fake_cuda.KNOBS)]
+)
 
 SCRIPT = """
 import os, sys

@@ -71,7 +71,7 @@ void a_parked_receive_is_released(bool staged) {
         link.target.synchronize();
         for (const std::uint32_t word : got) CHECK_EQUAL(word, 0xffffffffu);
         CHECK_RAISES(Fault::kAborted, 0, "the test fails", link.receiver->take(2, link.target.handle()));
-        CHECK_RAISES(Fault::kAborted, 0, "the test fails", link.send(2, {1}));
+        CHECK_RAISES(Fault::kAborted, 0, "the test fails", link.sender.free(2));
         gate.open = true;
     }
 }
@@ -84,7 +84,7 @@ void a_parked_send_is_released() {
     gate.hold(link.target);
     link.receiver->take(1, link.target.handle());  // the credit is queued behind the gate
     CHECK(link.send(2, {2}));
-    CHECK_EQUAL(link.sender.reap(), 1u);
+    while (link.sender.reap() < 1) sched_yield();
     link.job->abort("the test fails");
     while (link.sender.reap() < 2) sched_yield();
     gate.open = true;
