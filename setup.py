@@ -1,8 +1,8 @@
 """Builds pipekern._C with CMake and ninja. Without a C++ compiler the package installs as pure Python.
 
 What was built, by which compiler, or why nothing was, is written to pipekern/_build.json, where
-`pipekern doctor` reads it: the tier is "cuda" with kernels compiled by nvcc, "cpu" where NVRTC compiles them at run time,
-"python" where nothing was compiled. Neither torch nor a CUDA driver is needed to build.
+`pipekern doctor` reads it: the tier is "cuda" with kernels compiled by nvcc, "cpu" where NVRTC compiles them at run
+time, "python" where nothing was compiled. Neither torch nor a CUDA driver is needed to build.
 """
 
 from __future__ import annotations

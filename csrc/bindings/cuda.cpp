@@ -176,7 +176,7 @@ py::dict describe_driver() {
     py::list devices;
     for (int device = 0; device < count; ++device) {
         char name[256] = {};
-        demand(driver.device_name(name, sizeof name - 1, device), "a device's name");
+        demand(driver.device_name(name, sizeof name - 1, device_handle(device)), "a device's name");
         devices.append(py::make_tuple(py::str(name), device_attribute(kStreamMemoryOps64, device) != 0));
     }
     py::dict all;

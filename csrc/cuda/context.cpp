@@ -13,18 +13,19 @@ Context::Context(int device) : device_(device) {
             Fault::kTransport, -1,
             "there is no CUDA device " + std::to_string(device) + ": this process sees " + std::to_string(count));
     stream_memory_ops_ = device_attribute(kStreamMemoryOps64, device) != 0;
-    demand(driver.context_retain(&handle_, device), "the context of a device");
+    cu_device_ = device_handle(device);
+    demand(driver.context_retain(&handle_, cu_device_), "the context of a device");
 }
 
 Context::~Context() {
-    if (const Driver* driver = Driver::alive()) driver->context_release(device_);
+    if (const Driver* driver = Driver::alive()) driver->context_release(cu_device_);
 }
 
 std::string Context::reach(const Context& peer) const {
     if (peer.device_ == device_) return "";
     const Driver& driver = Driver::get();
     int can = 0;
-    demand(driver.can_access_peer(&can, device_, peer.device_), "asking for peer access");
+    demand(driver.can_access_peer(&can, cu_device_, peer.cu_device_), "asking for peer access");
     const std::string pair = "device " + std::to_string(device_) + " to device " + std::to_string(peer.device_);
     if (!can) return "no peer access from " + pair;
     const Current current(*this);

@@ -23,7 +23,8 @@ class Context {
     std::string reach(const Context& peer) const;
 
   private:
-    int device_;
+    int device_;         // ordinal
+    int cu_device_ = 0;  // CUdevice
     ContextHandle handle_ = nullptr;
     bool stream_memory_ops_ = false;
 };

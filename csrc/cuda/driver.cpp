@@ -73,9 +73,15 @@ void demand(int result, const char* tried) {
                       std::to_string(result) + "), " + (text ? text : "unknown"));
 }
 
-int device_attribute(int attribute, int device) {
+int device_handle(int ordinal) {
+    int device = 0;
+    demand(Driver::get().device_get(&device, ordinal), "the device of an ordinal");
+    return device;
+}
+
+int device_attribute(int attribute, int ordinal) {
     int value = 0;
-    demand(Driver::get().device_attribute(&value, attribute, device), "an attribute of a device");
+    demand(Driver::get().device_attribute(&value, attribute, device_handle(ordinal)), "an attribute of a device");
     return value;
 }
 

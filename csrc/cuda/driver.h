@@ -95,6 +95,9 @@ struct Driver {
 // Raises for any result but success: what was tried, and the driver's words.
 void demand(int result, const char* tried);
 
-int device_attribute(int attribute, int device);
+// The CUdevice of an ordinal.
+int device_handle(int ordinal);
+
+int device_attribute(int attribute, int ordinal);
 
 }  // namespace pipekern::cuda

@@ -12,7 +12,7 @@ _BYTES = {"bf16": 2.0, "fp8": 1.0 + 4 / 128}  # of a value; in fp8 with a scale 
 
 
 def choose_codec(link: Link, size: float, width: int, compute: float, allowed: Sequence[str] = CODECS) -> str:
-    """The codec with the least loss with which a message takes no longer than ``compute`` microseconds, else the fastest.
+    """The codec with the least loss among those whose messages take at most ``compute`` microseconds, else the fastest.
 
     ``size`` is the message's bytes without a codec, ``width`` those of one of its values (4 or 2); ``compute`` is the
     work of the slower of the two stages on one micro-batch, behind which a message is hidden in the steady state.

@@ -1,15 +1,15 @@
 """Links between CUDA devices of one host: between processes, or between the ranks of one process.
 
-A put is queued in the sending stream's order on a copy stream of the link, straight into a slot in the receiver's memory;
-the receiving stream waits for it on the device, and the slot is free again after what that stream had queued when the
-last view died. No call waits for a device. Unless a tensor is given away, the sending stream's later work begins when it
-has been read. Everything else of a message (its descriptor, tensors of the CPU) goes through
-shared host memory, as in ``shm.py``. The work is in C++ (``csrc/cuda``).
+A put is queued in the sending stream's order on a copy stream of the link, straight into a slot in the receiver's
+memory; the receiving stream waits for it on the device, and the slot is free again after what that stream had queued
+when the last view died. No call waits for a device. Unless a tensor is given away, the sending stream's later work begins
+when it has been read. Everything else of a message (its descriptor, tensors of the CPU) goes through shared host memory,
+as in ``shm.py``. The work is in C++ (``csrc/cuda``).
 
 Tensors that a link's codec casts, and those that go through host memory, land in memory of the receiver's device first.
-What a stage does with a received tensor on streams of its own must be joined into the stream that was current when it was
-received, before the tensor dies: the rule of torch's allocator for tensors without ``record_stream``. A tensor that is sent
-is held until it has been read, so it needs none.
+What a stage does with a received tensor on streams of its own must be joined, before the tensor dies, into the stream
+that was current when it was received: the rule of torch's allocator for tensors without ``record_stream``. A tensor that
+is sent is held until it has been read, so it needs none.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class CudaSender:
             if versions is not None and versions != [tensor._version for tensor in tensors]:
                 raise TransportError(
                     f"a tensor was changed in place after rank {self.link.source} had sent it on link "
-                    f"'{self.link.name}' (shapes {[list(tensor.shape) for tensor in tensors]}), so the receiver may have "
-                    "got either value; a stage must not change what it has returned: return a copy (.clone())"
+                    f"'{self.link.name}' (shapes {[list(tensor.shape) for tensor in tensors]}), so the receiver may "
+                    "have got either value; a stage must not change what it has returned: return a copy (.clone())"
                 )
 
     def _plain(self, tensor: Tensor, place: str = "the value") -> Tensor:
@@ -261,8 +261,10 @@ class CudaTransport:
             return
         self._closed = True
         atexit.unregister(self._leave)
-        for end in (*self._senders.values(), *self._receivers.values()):
-            end.end.close()
+        for sender in self._senders.values():
+            sender.end.close()
+        for receiver in self._receivers.values():
+            receiver.end.close()
         self._job.close()
 
 

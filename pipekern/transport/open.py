@@ -36,9 +36,7 @@ class Opened(NamedTuple):
     receivers: Mapping[str, Receiver]
 
 
-def open_transport(
-    name: str, links: Sequence[Link], devices: Sequence[torch.device], world: World | None
-) -> Opened:
+def open_transport(name: str, links: Sequence[Link], devices: Sequence[torch.device], world: World | None) -> Opened:
     """Open ``links``, the same list on every rank; collective. ``world`` is what ``join(name, timeout)`` returned.
 
     ``devices``: one a rank; under a launcher this process's own counts. "auto" is "cuda" where all ranks share a host,

@@ -29,7 +29,7 @@ _ROUNDS = 50  # there and back
 
 
 class Measured(NamedTuple):
-    """One link: ``way`` as ``CudaTransport.ways`` says it, microseconds of a small message, bytes a second of large ones."""
+    """One link: its way, microseconds of a small message, and bytes a second of large ones."""
 
     link: str
     way: str
@@ -38,7 +38,7 @@ class Measured(NamedTuple):
 
 
 def run(gpus: int) -> list[Measured]:
-    """Start a rank a GPU, two on the only one, and measure. Raises ``TransportError`` with what a failing rank printed."""
+    """Start a rank a GPU, two on the only one, and measure. Raises ``TransportError`` with what a rank printed."""
     ranks = max(gpus, 2)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", __name__]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -57,7 +57,9 @@ def links_between(ranks: int) -> list[Link]:
     return [Link(f"{a}>{b}", a, b, _SLOTS) for a in range(ranks) for b in range(ranks) if a != b]
 
 
-def measure(rank: int, links: Sequence[Link], opened: Opened, device: torch.device, seconds: float = 1.0) -> list[Measured]:
+def measure(
+    rank: int, links: Sequence[Link], opened: Opened, device: torch.device, seconds: float = 1.0
+) -> list[Measured]:
     """Every link in turn, ``seconds`` in all; on rank 0 the rows of all links, elsewhere those that it sends on."""
     rows = []
     for link in links:

@@ -72,8 +72,8 @@ def join(name: str, timeout: float) -> World | None:
     """Meet the other ranks of a launcher; None where this process has every rank.
 
     That is so for the transports "local" and "null", and for "auto" and "cuda" with neither a process group nor the
-    env:// variables RANK and WORLD_SIZE. A default process group is used if there is one, else made, over gloo. ``timeout``
-    in seconds bounds every wait for ranks that do not come. Raises ``ConfigError``, ``TransportTimeout``.
+    env:// variables RANK and WORLD_SIZE. A default process group is used if there is one, else made, over gloo.
+    ``timeout`` in seconds bounds every wait for ranks that do not come. Raises ``ConfigError``, ``TransportTimeout``.
     """
     if name in ("local", "null"):
         return None

@@ -1,7 +1,7 @@
-"""The stand-in CUDA driver for tests of the transport: built once, loaded by each rank before the extension looks for one.
+"""The stand-in CUDA driver for tests of the transport: built once, loaded by a rank before the extension looks for one.
 
-Tensors are of the CPU, which is then the "device": its current stream is the driver's default stream, which the stand-in
-runs in the calling thread, so that torch's CPU operations are in order with it.
+Tensors are of the CPU, which is then the "device": its current stream is the driver's default stream, which the
+stand-in runs in the calling thread, so that torch's CPU operations are in order with it.
 """
 
 from __future__ import annotations

@@ -118,6 +118,8 @@ def run(
 def rank_main(transport: str, program: Program, args: Sequence[Any], links: Sequence[Link], timeout: float) -> Any:
     """What each process runs."""
     leaks = fake_cuda.load(transport)
+    if transport == "cuda":
+        torch.set_default_device(devices(transport, int(os.environ["WORLD_SIZE"]))[int(os.environ["RANK"])])
     world = join(fake_cuda.real_name(transport), timeout)
     assert world is not None
     opened = open_transport(fake_cuda.real_name(transport), links, devices(transport, world.size), world)

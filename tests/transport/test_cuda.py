@@ -1,4 +1,4 @@
-"""What the CUDA transport does beyond the contract, on the stand-in driver: codecs, adding, gifts, one process, pipelines."""
+"""What the CUDA transport does beyond the contract, on the stand-in driver."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.transport import fake_cuda
 from tests.transport.programs import CPUS, Ends, receive, run, send
 
 pytest.importorskip("pipekern._C")
-from pipekern.transport.cuda import CudaReceiver, CudaSender, CudaTransport  # noqa: E402
+from pipekern.transport.cuda import CudaReceiver, CudaSender, CudaTransport
 
 Steps = Generator[str | None, None, Any]
 
