@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
+from pipekern.plan.codec import CODECS
 from pipekern.runtime.profile import LayerCosts
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.recompute import CHOICES
@@ -40,11 +41,12 @@ class Options:
     timeout: float
     inputs: Sequence[str] | None = None
     memory: float | Sequence[float] | None = None
+    codec: str = "none"
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
         check_name(self.transport)
-        for name, choices in (("recompute", (*CHOICES, "auto")), ("on_nonfinite", POLICIES)):
+        for name, choices in (("recompute", (*CHOICES, "auto")), ("on_nonfinite", POLICIES), ("codec", CODECS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
         if not self.timeout > 0:

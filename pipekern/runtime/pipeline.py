@@ -56,6 +56,9 @@ class Pipeline:
       micro-batch where it arose are named, for which such a step runs once more.
     * ``inputs``: parameters of the module's forward that ``x`` gives, by a dict or by a tuple in this order; if None,
       those without a default, else the first.
+    * ``codec``: how activations and gradients travel between CUDA devices: as they are, float32 as ``"bf16"``, or all
+      floats as ``"fp8"`` with a scale each 128 values; what arrives has its dtype again. ``pk.plan.choose_codec`` tells
+      by a link's bandwidth.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
@@ -81,11 +84,12 @@ class Pipeline:
         timeout: float = 60.0,
         inputs: Sequence[str] | None = None,
         memory: float | Sequence[float] | None = None,
+        codec: str = "none",
     ):
         self._parts = start(
             Options(
                 module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
-                transport, timeout, inputs, memory,
+                transport, timeout, inputs, memory, codec,
             )
         )  # fmt: skip
         self._guard = Guard(self._parts, on_nonfinite)

@@ -39,7 +39,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     if rank is not None:
         free_others(blueprint, owned(blueprint, here))
     stages = build_stages(blueprint, here, devices, options.seed)
-    transport, senders, receivers = open_transport(options.transport, links(blueprint), devices, world)
+    transport, senders, receivers = open_transport(options.transport, links(blueprint, options.codec), devices, world)
     return Assembly(blueprint, rank, stages, options.loss_fn, transport, senders, receivers)
 
 

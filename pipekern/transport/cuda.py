@@ -2,14 +2,14 @@
 
 A put is queued in the sending stream's order on a copy stream of the link, straight into a slot in the receiver's
 memory; the receiving stream waits for it on the device, and the slot is free again after what that stream had queued
-when the last view died. No call waits for a device. Unless a tensor is given away, the sending stream's later work begins
-when it has been read. Everything else of a message (its descriptor, tensors of the CPU) goes through shared host memory,
-as in ``shm.py``. The work is in C++ (``csrc/cuda``).
+when the last view died. No call waits for a device. Unless a tensor is given away, the sending stream's later work
+begins when it has been read. Everything else of a message (its descriptor, tensors of the CPU) goes through shared host
+memory, as in ``shm.py``. The work is in C++ (``csrc/cuda``).
 
 Tensors that a link's codec casts, and those that go through host memory, land in memory of the receiver's device first.
 What a stage does with a received tensor on streams of its own must be joined, before the tensor dies, into the stream
-that was current when it was received: the rule of torch's allocator for tensors without ``record_stream``. A tensor that
-is sent is held until it has been read, so it needs none.
+that was current when it was received: the rule of torch's allocator for tensors without ``record_stream``. A tensor
+that is sent is held until it has been read, so it needs none.
 """
 
 from __future__ import annotations

@@ -45,6 +45,11 @@ def open_transport(name: str, links: Sequence[Link], devices: Sequence[torch.dev
     closes the world. Raises ``ConfigError``, and what happens to the job meanwhile: if one rank fails, all do.
     """
     chosen = choose(name, world, devices)
+    codecs = sorted({link.codec for link in links} - {"none"})
+    if codecs and chosen != "cuda":
+        raise ConfigError(
+            f"codec={codecs[0]!r}: the transport here is {chosen!r}, and only 'cuda' casts; leave codec out"
+        )
     if world is not None and chosen in ("shm", "cuda", "dist"):
         try:
             return _open_dist(world, links) if chosen == "dist" else _open_here(chosen, world, links, devices)

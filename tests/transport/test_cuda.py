@@ -188,21 +188,43 @@ def test_the_self_test_measures_every_link() -> None:
     assert all(row.way == "ipc" and row.latency > 0 and row.bandwidth > 0 for row in rows)
 
 
-def train(transport: str, ranks: int | None, schedule: str) -> dict[str, Tensor]:
+def train(transport: str, ranks: int | None, schedule: str, codec: str = "none") -> dict[str, Tensor]:
     """Three steps; this process's parameters afterwards."""
     torch.manual_seed(0)
     net = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(32, 32), nn.Tanh())))
     pipe = pk.Pipeline(
-        net, loss_fn=nn.MSELoss(), microbatches=6, schedule=schedule, transport=transport, ranks=ranks, devices=["cpu"]
+        net,
+        loss_fn=nn.MSELoss(),
+        microbatches=6,
+        schedule=schedule,
+        transport=transport,
+        ranks=ranks,
+        devices=["cpu"],
+        codec=codec,
     )
     assert pipe._parts.transport.name == ("cuda" if transport == "cuda" else "local")
     optimizer = pipe.optimizer(torch.optim.SGD, lr=0.1)
     for _ in range(3):
-        pipe.train_step(torch.randn(12, 32), torch.randn(12, 32))
+        pipe.train_step(torch.randn(48, 32), torch.randn(48, 32))
         optimizer.step()
         optimizer.zero_grad()
     pipe._parts.transport.close()
     return {name: value.detach().clone() for name, value in pipe.named_parameters()}
+
+
+def trained_with(codec: str) -> float:
+    """The largest difference that the codec makes, relative to the parameter's largest value."""
+    fake_cuda.load("fake-cuda")
+    del os.environ["RANK"]
+    reference, cast = train("local", 2, "1f1b"), train("cuda", 2, "1f1b", codec)
+    return max(float((cast[n] - reference[n]).abs().max() / reference[n].abs().max()) for n in reference)
+
+
+@pytest.mark.parametrize(("codec", "most"), [("bf16", 0.005), ("fp8", 0.05)])
+def test_a_pipeline_trains_with_a_codec(codec: str, most: float) -> None:
+    fake_cuda.library()
+    (difference,) = values(launch(trained_with, 1, codec))
+    assert 0 < difference < most
 
 
 def trained_here(schedule: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -224,6 +246,13 @@ def test_a_pipeline_trains_to_the_same_bits(schedule: str, processes: int) -> No
         for name, value in over_cuda.items():
             assert torch.equal(value, reference[name]), name
     assert len(names) == 8
+
+
+def test_a_codec_needs_the_cuda_transport() -> None:
+    with pytest.raises(ConfigError, match="codec='bf16': the transport here is 'local', and only 'cuda' casts"):
+        pk.Pipeline(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), loss_fn=nn.MSELoss(), microbatches=2, codec="bf16")
+    with pytest.raises(ConfigError, match="codec='fp4'"):
+        pk.Pipeline(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), loss_fn=nn.MSELoss(), microbatches=2, codec="fp4")
 
 
 @pytest.fixture
