@@ -11,6 +11,9 @@ def examine(extension: Any) -> dict[str, Any]:
     """Findings as plain values. ``extension`` is ``pipekern._C``, None where it does not load."""
     if extension is None:
         return {"driver": None, "why": "the C++ extension is not built"}
+    from pipekern.transport import nvrtc
+
+    nvrtc.preload()
     obstacle = extension.cuda_obstacle()
     if obstacle:
         return {"driver": None, "why": obstacle, "kernels": extension.cuda_kernels()}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipekern import _C
 from pipekern.errors import TransportError
-from pipekern.transport import message
+from pipekern.transport import message, nvrtc
 from pipekern.transport.base import Link, Message
 from pipekern.transport.message import DTYPE_CODE
 from pipekern.transport.shm import aligned, failure_text, leave
@@ -194,6 +194,8 @@ class CudaTransport:
 
     def open(self, links: Sequence[Link]) -> tuple[dict[str, CudaSender], dict[str, CudaReceiver]]:
         """See :meth:`pipekern.transport.base.Transport.open`."""
+        if any(link.codec != "none" for link in links):
+            nvrtc.preload()  # before the extension looks for it, should it have no kernels of its own
         for number, link in enumerate(links):
             if self._rank in (None, link.source):
                 self._senders[link.name] = self._sender(number, link)
