@@ -133,6 +133,9 @@ class DeviceReceiver:
         wait_on_host: bool,
         device: tuple[int, int],
     ) -> None: ...
+    def announced(self) -> bool:
+        """Whether the next message is on its way, or there."""
+
     def ready(self) -> bool: ...
     def recv(self, tag: int, wait: float, stream: int) -> Message | tuple[DeviceBundle, bytes, int] | None:
         """As ``Receiver.recv``; the tensors may be used in ``stream``."""

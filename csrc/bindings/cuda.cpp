@@ -203,6 +203,7 @@ void bind_ends(py::module_& m) {
     py::class_<TorchReceiver>(m, "DeviceReceiver")
         .def(py::init(&make_receiver), "job"_a, "steward"_a, "number"_a, "name"_a, "source"_a, "slots"_a, "codec"_a,
              "context"_a, "wait_on_host"_a, "device"_a, unlocked())
+        .def("announced", [](const TorchReceiver& receiver) { return receiver.end->announced(); })
         .def("ready", [](const TorchReceiver& receiver) { return receiver.end->ready(); })
         .def("recv", &recv)
         .def("recv_into", &recv_into)

@@ -24,6 +24,11 @@ const char* add_without_cast(std::uint8_t dtype) {
     throw Failure(Fault::kTransport, -1, "only float32, bfloat16 and float16 tensors are added to as they arrive");
 }
 
+std::string architecture(int device) {
+    return "sm_" + std::to_string(device_attribute(kComputeMajor, device)) +
+           std::to_string(device_attribute(kComputeMinor, device));
+}
+
 }  // namespace
 
 Kernels::~Kernels() {
@@ -57,7 +62,7 @@ void Kernels::launch(const char* name, const Part& part, Pointer tensor, Pointer
     const Driver& driver = Driver::get();
     const std::lock_guard lock(mutex_);
     if (!module_) {
-        const std::string compiled = kImageBytes ? "" : compile(context_->device());
+        const std::string compiled = kImageBytes ? "" : compile(architecture(context_->device()));
         const void* image = kImageBytes ? static_cast<const void*>(kImage) : compiled.data();
         demand(driver.module_load(&module_, image), "loading the kernels");
     }

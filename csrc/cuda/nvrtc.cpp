@@ -2,10 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <utility>
-#include <vector>
-
-#include "cuda/driver.h"
 #include "cuda/image.h"
 #include "transport/error.h"
 
@@ -59,21 +55,16 @@ const Nvrtc& nvrtc() {
     return *loaded;
 }
 
-std::string architecture(int device) {
-    return "-arch=sm_" + std::to_string(device_attribute(kComputeMajor, device)) +
-           std::to_string(device_attribute(kComputeMinor, device));
-}
-
 }  // namespace
 
-std::string compile(int device) {
+std::string compile(const std::string& architecture) {
     const Nvrtc& library = nvrtc();
     if (!library.obstacle.empty()) throw Failure(Fault::kTransport, -1, library.obstacle);
     const char* const header_name = "cast.h";
     Program program = nullptr;
     if (library.create(&program, kCodecSource, "codec.cu", 1, &kCastSource, &header_name) != 0)
         throw Failure(Fault::kTransport, -1, library.library + " refuses the kernels' source");
-    const std::string target = architecture(device);
+    const std::string target = "-arch=" + architecture;
     const char* const options[] = {target.c_str(), "-std=c++17"};
     const bool compiled = library.run(program, 2, options) == 0;
     std::size_t bytes = 0;

@@ -5,8 +5,8 @@
 
 namespace pipekern::cuda {
 
-// The image for a device. Raises with the compiler's own text.
-std::string compile(int device);
+// The image for an architecture, "sm_90". Raises with the compiler's own text.
+std::string compile(const std::string& architecture);
 
 // "NVRTC: the library's name", or why it cannot be had.
 std::string nvrtc_origin();

@@ -38,6 +38,7 @@ class DeviceReceiver : public Ward, public std::enable_shared_from_this<DeviceRe
                    std::shared_ptr<const Context> context, bool wait_on_host);
     ~DeviceReceiver() override;
 
+    bool announced() const { return host_.announced(); }
     bool ready() const { return host_.ready(); }
     bool spin() const { return host_.spin(); }
     bool wait(std::uint64_t tag, std::int64_t limit_ns) { return host_.wait(tag, limit_ns); }

@@ -48,6 +48,12 @@ class Receiver {
     // so of its header; without it, at once.
     Receiver(std::shared_ptr<Job> job, LinkName link, int source, std::function<bool(const Header&)> landed = {});
 
+    // Whether the next message is on its way, or there. Raises the job's failure.
+    bool announced() const {
+        job_->check();
+        return ring_->arrived(next_);
+    }
+
     // Whether receive() would not wait. Raises the job's failure.
     bool ready() const;
 

@@ -137,7 +137,7 @@ class CudaReceiver:
         return self.end.recv_into(tag, tensor, self._limit(wait), current_stream(self.device))
 
     def _limit(self, wait: float | None) -> float:
-        if self._alone and not self.end.ready():
+        if self._alone and not self.end.announced():
             raise TransportError(
                 f"rank {self.link.target} receives on link {self.link.name}, but rank {self.link.source} has not sent: "
                 "in one process instructions must run in an order that is valid alone; see `pipekern schedule check`",

@@ -64,6 +64,7 @@ def load(transport: str) -> Callable[[], str]:
         return str
     os.environ["FAKE_CUDA"] = ",".join(f"{name}={value}" for name, value in KNOBS[transport].items())
     driver = ctypes.CDLL(library(), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
+    ctypes.CDLL(library("fake_nvrtc", "libnvrtc.so.13"))  # for a build without nvcc
     driver.fake_leaks.restype = ctypes.c_char_p
     opening.device_obstacle = lambda device: ""
 

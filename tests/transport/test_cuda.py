@@ -27,22 +27,22 @@ from pipekern.transport.cuda import CudaReceiver, CudaSender, CudaTransport
 Steps = Generator[str | None, None, Any]
 
 
-def alone_main(body: str, *args: Any) -> Any:
+def alone_main(body: str, name: str) -> Any:
     """In a process of its own: a job of two ranks in this process, on the stand-in."""
-    leaks = fake_cuda.load("fake-cuda")
+    leaks = fake_cuda.load(name)
     links = [Link(f"{codec} 0>1", 0, 1, 2, codec) for codec in ("none", "bf16", "fp8")]
     transport = CudaTransport(None, 2, secrets.token_hex(16), 60.0, lambda: None, CPUS[:2])
     senders, receivers = transport.open(links)
-    result = BODIES[body](transport, senders, receivers, *args)
+    result = BODIES[body](transport, senders, receivers)
     transport.close()
     del senders, receivers, transport
     assert leaks() == ""
     return result
 
 
-def alone(body: str, *args: Any) -> Any:
+def alone(body: str, name: str = "fake-cuda") -> Any:
     fake_cuda.library()
-    return values(launch(alone_main, 1, body, *args))[0]
+    return values(launch(alone_main, 1, body, name))[0]
 
 
 def value_of(receiver: CudaReceiver, tag: int) -> Any:
@@ -118,10 +118,13 @@ def nobody(_: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str
         receivers["none 0>1"].recv(0)
     assert senders["none 0>1"].send(0, "there")
     assert value_of(receivers["none 0>1"], 0) == "there"
+    assert senders["none 0>1"].send(1, torch.arange(3.0), given=True)
+    assert value_of(receivers["none 0>1"], 1).tolist() == [0.0, 1.0, 2.0]
 
 
-def test_in_one_process_nobody_waits() -> None:
-    alone("nobody")
+@pytest.mark.parametrize("name", list(fake_cuda.KNOBS))
+def test_in_one_process_nobody_waits_for_what_is_not_sent(name: str) -> None:
+    alone("nobody", name)
 
 
 def lets_go(transport: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> None:
