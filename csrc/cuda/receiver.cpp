@@ -11,7 +11,8 @@ namespace {
 
 constexpr std::int64_t kLetGo = 2 * kSecond;            // for a sender to let go of a closing receiver's memory
 constexpr auto kLook = std::chrono::microseconds(100);  // between two looks at a stream that a close waits for
-constexpr unsigned char kPoison = 0xff;                 // a NaN in every floating-point type
+constexpr std::int64_t kPoisoning = kSecond / 5;
+constexpr unsigned char kPoison = 0xff;  // a NaN in every floating-point type
 
 std::shared_ptr<const Board> take_board(Job& job, Steward& steward, const LinkName& link, int source,
                                         std::shared_ptr<const Context> context) {
@@ -174,7 +175,7 @@ bool DeviceReceiver::drained() const {
         const Current current(*context_);
         for (const auto& [stream, event] : consumers_)
             if (!event.passed()) return false;
-        return landing_->idle();
+        return landing_->idle() && rescue_->idle();
     } catch (const Failure&) {  // the device has failed: nothing runs on it any more
         return true;
     }
@@ -199,16 +200,16 @@ void DeviceReceiver::tend() {
 // write a flag anew, so this is done again and again until all are through.
 void DeviceReceiver::release() {
     const std::lock_guard lock(mutex_);
+    if (closed_ || drained()) return;
     try {
-        if (closed_ || drained()) return;
-        for (std::uint64_t place = 0; place < taken_.size(); ++place) {
-            Board::Lane& lane = board_->lane(place + 1);
-            if (taken_[place] > lane.data.load()) poison(place);
-            lane.data.store(kReleased);
-        }
-    } catch (const Failure&) {
-        for (std::uint64_t place = 0; place < taken_.size(); ++place) board_->lane(place + 1).data.store(kReleased);
+        for (std::uint64_t place = 0; place < taken_.size(); ++place)
+            if (taken_[place] > board_->lane(place + 1).data.load()) poison(place);
+        // Not longer: where all streams share one queue, the poison itself waits behind the parked one.
+        for (const std::int64_t start = now_ns(); !rescue_->idle() && now_ns() - start < kPoisoning;)
+            std::this_thread::sleep_for(kLook);
+    } catch (const Failure&) {  // the device has failed: what waits on it must still be let go
     }
+    for (std::uint64_t place = 0; place < taken_.size(); ++place) board_->lane(place + 1).data.store(kReleased);
 }
 
 void DeviceReceiver::poison(std::uint64_t place) {
@@ -219,11 +220,9 @@ void DeviceReceiver::poison(std::uint64_t place) {
         std::memset(slots.stage->host()->data() + place * slots.slot_bytes, kPoison, slots.slot_bytes);
         return;
     }
-    const Driver& driver = Driver::get();
     const Current current(*context_);
     const Pointer slot = slots.slot(place + 1, taken_.size());
-    demand(driver.fill(slot, kPoison, slots.slot_bytes, rescue_->handle()), "poisoning a slot");
-    demand(driver.stream_synchronize(rescue_->handle()), "poisoning a slot");
+    demand(Driver::get().fill(slot, kPoison, slots.slot_bytes, rescue_->handle()), "poisoning a slot");
 }
 
 void DeviceReceiver::close() {

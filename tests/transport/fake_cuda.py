@@ -14,7 +14,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,9 +38,9 @@ def library(source: str = "fake_driver", name: str = "libcuda.so.1") -> str:
     if compiler is None:
         pytest.skip("the stand-in driver needs a C++ compiler")
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in _SOURCES)).hexdigest()[:16]
-    target = Path(tempfile.gettempdir(), f"pipekern-fake-{os.getuid()}-{digest}", name)
+    target = ROOT / "build" / f"stand-in-{digest}" / name
     if not target.exists():
-        target.parent.mkdir(mode=0o700, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_suffix(f".{os.getpid()}")
         flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", f"-Wl,-soname,{name}"]
         path = str(ROOT / f"tests/csrc/cuda/{source}.cpp")
