@@ -1,4 +1,5 @@
 # make train [DATA=file-or-folder]   train a GPT over two ranks (a rank a GPU where there are several)
+# make test-gpu, bench-gpu           what needs a CUDA device: tests, and benchmarks/transport_gpu.py
 # make test                          everything that must pass, in minutes;  make test-all: the whole grids as well
 #
 # Both make .venv, install pinned dependencies, build and install pipekern. Needs python3 >= 3.10 with pip and venv, gcc, g++.
@@ -16,7 +17,7 @@ CHECKED := pipekern examples benchmarks tests
 export OMP_NUM_THREADS := 1
 export CMAKE_BUILD_PARALLEL_LEVEL := 2
 
-.PHONY: train test test-all install lint types python-tests csrc-tests format clean
+.PHONY: train test test-all test-gpu bench-gpu install lint types python-tests csrc-tests format clean
 
 train: $(VENV)/built
 	ranks=$$($(RUN) -c "import torch; n = torch.cuda.device_count(); print(n if n > 1 else 2)") && \
@@ -26,6 +27,14 @@ test: lint types python-tests csrc-tests
 
 test-all: lint types csrc-tests $(VENV)/proved
 	$(RUN) -m pytest -q -m "full or not full" $(ARGS)
+
+# With the Python that has torch for CUDA and pipekern installed (PYTHON=...); neither makes a .venv.
+test-gpu:
+	$(PYTHON) -c 'import torch; torch.cuda.is_available() or print("torch sees no CUDA device: every test is skipped")'
+	$(PYTHON) -m pytest -q -m gpu $(ARGS)
+
+bench-gpu:
+	$(PYTHON) -m benchmarks.transport_gpu --out benchmarks/results/transport_gpu.csv $(ARGS)
 
 install: $(VENV)/built
 

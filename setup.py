@@ -1,7 +1,8 @@
 """Builds pipekern._C with CMake and ninja. Without a C++ compiler the package installs as pure Python.
 
 What was built, by which compiler, or why nothing was, is written to pipekern/_build.json, where
-`pipekern doctor` reads it. torch is not needed to build.
+`pipekern doctor` reads it: the tier is "cuda" with kernels compiled by nvcc, "cpu" where NVRTC compiles them at run
+time, "python" where nothing was compiled. Neither torch nor a CUDA driver is needed to build.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class CMakeBuild(build_ext):
             self.warn(f"pipekern is installed as pure Python, over gloo: {reason}")
             note = {"tier": "python", "compiler": "", "reason": reason}
         else:
-            note = {"tier": "cpu", "compiler": self.compile(target), "reason": ""}
+            compiler, kernels = self.compile(target)
+            tier = "cuda" if kernels.startswith("embedded") else "cpu"
+            note = {"tier": tier, "compiler": compiler, "kernels": kernels, "reason": ""}
         note["version"] = self.distribution.get_version()
         (target.parent / NOTE).write_text(json.dumps(note, indent=1) + "\n")
 
@@ -88,8 +91,8 @@ class CMakeBuild(build_ext):
             else:
                 source.unlink(missing_ok=True)
 
-    def compile(self, target: Path) -> str:
-        """Configure, build and copy the module to ``target``; returns the compiler's name and version."""
+    def compile(self, target: Path) -> tuple[str, str]:
+        """Configure, build and copy the module to ``target``; returns the compiler, and how the kernels were made."""
         import pybind11  # a build requirement; not needed where there is no compiler
 
         build = ROOT / "build" / f"cmake-{self.plat_name}-{sys.implementation.cache_tag}"
@@ -106,7 +109,7 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags], check=True)
         subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)
         replace(build / target.name, target)
-        return (build / "compiler.txt").read_text().strip()
+        return (build / "compiler.txt").read_text().strip(), (build / "kernels.txt").read_text().strip()
 
 
 setup(

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
 from torch import Tensor
 
@@ -53,6 +54,108 @@ class Receiver:
         """Of each message still in its slot: a tensor's shape, or a bundle's descriptor."""
 
     def owns(self, pointer: int) -> bool: ...
+
+class Codec(Enum):
+    NONE = ...
+    BF16 = ...
+    FP8 = ...
+
+class Context:
+    """The primary context of the CUDA device of this ordinal."""
+
+    def __init__(self, device: int) -> None: ...
+
+class Steward:
+    """The thread that serves a job's CUDA links."""
+
+    def __init__(self, job: Job) -> None: ...
+
+class DeviceSender:
+    """The sending end of a link between CUDA devices."""
+
+    def __init__(
+        self,
+        job: Job,
+        steward: Steward,
+        number: int,
+        name: str,
+        target: int,
+        slots: int,
+        codec: Codec,
+        context: Context,
+        wait_on_host: bool,
+    ) -> None: ...
+    def free(self, tag: int) -> bool: ...
+    def send_tensor(
+        self, tag: int, tensor: Tensor, requires_grad: bool, digest: int, stream: int, given: bool
+    ) -> bool | None:
+        """``stream``: the handle of the CUDA stream that the tensor is made in. Otherwise as ``Sender.send_tensor``."""
+
+    def send_bundle(
+        self,
+        tag: int,
+        descriptor: bytes,
+        on_host: Sequence[tuple[int, int]],
+        on_device: list[Tensor],
+        digest: int,
+        stream: int,
+        given: bool,
+    ) -> bool:
+        """``on_host``: pointer and size in bytes of each."""
+
+    def reap(self) -> int:
+        """How many of the messages with tensors on the device have been read."""
+
+    def way(self) -> str: ...
+    def close(self) -> None: ...
+
+class DeviceBundle:
+    """A bundle in its slot, which is free again when this and all views are gone."""
+
+    @property
+    def host_start(self) -> int: ...
+    def view_device(self, index: int, dtype: int, shape: Sequence[int]) -> Tensor: ...
+    def view_host(self, offset: int, dtype: int, shape: Sequence[int]) -> Tensor: ...
+
+class DeviceReceiver:
+    """The receiving end of a link between CUDA devices; ``device``: DLPack's type and number of its memory."""
+
+    def __init__(
+        self,
+        job: Job,
+        steward: Steward,
+        number: int,
+        name: str,
+        source: int,
+        slots: int,
+        codec: Codec,
+        context: Context,
+        wait_on_host: bool,
+        device: tuple[int, int],
+    ) -> None: ...
+    def announced(self) -> bool:
+        """Whether the next message is on its way, or there."""
+
+    def ready(self) -> bool: ...
+    def recv(self, tag: int, wait: float, stream: int) -> Message | tuple[DeviceBundle, bytes, int] | None:
+        """As ``Receiver.recv``; the tensors may be used in ``stream``."""
+
+    def recv_into(self, tag: int, tensor: Tensor, wait: float, stream: int) -> bool: ...
+    def held(self) -> list[tuple[int, ...] | bytes]: ...
+    def owns(self, pointer: int) -> bool: ...
+    def close(self) -> None: ...
+
+def cuda_obstacle() -> str:
+    """Why this process cannot use CUDA; empty where it can."""
+
+def cuda_driver() -> dict[str, Any]:
+    """``version``, and of each device its name and whether streams can wait for memory."""
+
+def cuda_kernels() -> str:
+    """Where the kernels of the codecs come from, or why there are none."""
+
+def peer_obstacle(device: int, peer: int) -> str:
+    """Why ``device`` cannot reach the memory of ``peer``; empty where it can."""
 
 def digest(pointer: int, bytes: int, seed: int) -> int:
     """A 64-bit digest of ``bytes`` bytes of memory at ``pointer``; not cryptographic."""

@@ -74,14 +74,14 @@ std::optional<PlainTensor> TorchTensors::plain(py::handle object) const {
         return std::nullopt;
     }
     const auto place = place_of(tensor.dtype);
-    if (tensor.device.device_type != kDlpackCpu || !place) return std::nullopt;
+    if (!place) return std::nullopt;
     std::uint64_t elements = 1;
     for (std::int32_t i = 0; i < tensor.ndim; ++i) elements *= static_cast<std::uint64_t>(tensor.shape[i]);
     const bool has_data = tensor.data || elements == 0;  // a tensor known to be zero may have none
     if (!has_data || !contiguous(tensor, elements)) return std::nullopt;
     if (says(object, is_neg_) || (tensor.dtype.code == kComplex && says(object, is_conj_))) return std::nullopt;
     const std::byte* data = static_cast<const std::byte*>(tensor.data) + tensor.byte_offset;
-    return PlainTensor{data, elements * kDtypes[*place].bits / 8, tensor.ndim, tensor.shape, *place};
+    return PlainTensor{data, elements * kDtypes[*place].bits / 8, tensor.ndim, tensor.shape, *place, tensor.device};
 }
 
 py::object TorchTensors::over(DLManagedTensorVersioned* managed) const {

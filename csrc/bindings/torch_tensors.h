@@ -10,14 +10,15 @@
 
 namespace pipekern {
 
-// A tensor's memory, which can be copied as it stands. `dtype` is a place in kDtypes; `shape` lives as long as the
-// tensor does.
+// A tensor's memory, which can be copied as it stands, whatever its device. `dtype` is a place in kDtypes; `shape`
+// lives as long as the tensor does.
 struct PlainTensor {
     const void* data;
     std::uint64_t bytes;
     std::int32_t ndim;
     const std::int64_t* shape;
     std::uint8_t dtype;
+    DLDevice device;
 };
 
 class TorchTensors {
@@ -25,7 +26,7 @@ class TorchTensors {
     // Imports torch when first called. Raises ImportError for a torch without the table (before 2.10).
     static const TorchTensors& get();
 
-    // Nothing for what is no dense, contiguous torch.Tensor or Parameter on the CPU, of a type in kDtypes.
+    // Nothing for what is no dense, contiguous torch.Tensor or Parameter of a type in kDtypes.
     std::optional<PlainTensor> plain(pybind11::handle tensor) const;
 
     // A torch.Tensor over `managed`, which it takes.

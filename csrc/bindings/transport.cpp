@@ -3,11 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bind.h"
-#include "bindings/torch_tensors.h"
+#include "bindings/messages.h"
 #include "transport/digest.h"
-#include "transport/job.h"
-#include "transport/receiver.h"
-#include "transport/sender.h"
 
 namespace py = pybind11;
 
@@ -16,8 +13,6 @@ namespace {
 
 // Above this, copying takes longer than giving the interpreter's lock back and taking it again.
 constexpr std::uint64_t kLongCopy = 64 * 1024;
-
-std::int64_t to_ns(double seconds) { return static_cast<std::int64_t>(seconds * 1e9); }
 
 struct PythonObserver : Observer {
     void slice() override {
@@ -53,28 +48,22 @@ bool send_pieces(Sender& sender, const Label& label, const Piece* pieces, std::s
 py::object send_tensor(Sender& sender, std::uint64_t tag, const py::object& tensor, bool requires_grad,
                        std::uint64_t digest) {
     const auto plain = TorchTensors::get().plain(tensor);
-    if (!plain || plain->ndim > static_cast<std::int32_t>(kMaxDims)) return py::none();
-    Label label{tag, digest, plain->dtype, static_cast<std::uint8_t>(plain->ndim),
-                requires_grad ? kRequiresGrad : std::uint8_t{0}};
-    for (std::int32_t i = 0; i < plain->ndim; ++i) {
-        if (plain->shape[i] > UINT32_MAX) return py::none();
-        label.shape[i] = static_cast<std::uint32_t>(plain->shape[i]);
-    }
+    if (!plain || plain->device.device_type != kDlpackCpu) return py::none();
+    const auto label = label_of(*plain, tag, requires_grad, digest);
+    if (!label) return py::none();
     const Piece piece{plain->data, plain->bytes};
-    return py::bool_(send_pieces(sender, label, &piece, 1, plain->bytes));
+    return py::bool_(send_pieces(sender, *label, &piece, 1, plain->bytes));
 }
 
 bool send_bundle(Sender& sender, std::uint64_t tag, const std::string& descriptor,
                  const std::vector<std::pair<std::uintptr_t, std::uint64_t>>& tensors, std::uint64_t digest) {
-    Label label{tag, digest, 0, 0, kBundle};
-    label.descriptor = static_cast<std::uint32_t>(descriptor.size());
     std::vector<Piece> pieces{{descriptor.data(), descriptor.size()}};
     std::uint64_t bytes = descriptor.size();
     for (const auto& [pointer, size] : tensors) {
         pieces.push_back({reinterpret_cast<const void*>(pointer), size});
         bytes += size;
     }
-    return send_pieces(sender, label, pieces.data(), pieces.size(), bytes);
+    return send_pieces(sender, bundle_label(tag, descriptor, digest), pieces.data(), pieces.size(), bytes);
 }
 
 bool send_bytes(Sender& sender, std::uint64_t tag, const py::buffer& data) {
@@ -93,21 +82,6 @@ std::shared_ptr<Arrival> receive(Receiver& receiver, std::uint64_t tag, double w
         if (!receiver.wait(tag, wait < 0 ? -1 : to_ns(wait))) return nullptr;
     }
     return receiver.take(tag);
-}
-
-py::bytes descriptor_of(const Arrival& arrival) {
-    return py::bytes(reinterpret_cast<const char*>(arrival.payload()), arrival.header().descriptor);
-}
-
-// base.py's Message, made as its own constructor does.
-py::object message_of(py::object value, std::uint64_t digest) {
-    static auto* type = reinterpret_cast<PyTypeObject*>(
-        py::object(py::module_::import("pipekern.transport.base").attr("Message")).release().ptr());
-    const auto message = py::reinterpret_steal<py::object>(type->tp_alloc(type, 2));
-    if (!message) throw py::error_already_set();
-    PyTuple_SET_ITEM(message.ptr(), 0, value.release().ptr());
-    PyTuple_SET_ITEM(message.ptr(), 1, py::int_(digest).release().ptr());
-    return message;
 }
 
 // None, or a Message of a tensor, or for a bundle the tuple (arrival, descriptor, digest).
@@ -132,16 +106,9 @@ py::object recv_bytes(Receiver& receiver, std::uint64_t tag, double wait) {
     return py::bytes(reinterpret_cast<const char*>(arrival->payload()), arrival->header().bytes);
 }
 
-// Of each message that is still held: a tensor's shape, or a bundle's descriptor.
 py::list held(const Receiver& receiver) {
     py::list all;
-    for (const auto& arrival : receiver.held()) {
-        const Header& header = arrival->header();
-        if (header.flags & kBundle)
-            all.append(descriptor_of(*arrival));
-        else
-            all.append(py::tuple(py::cast(std::vector<std::uint32_t>(header.shape, header.shape + header.ndim))));
-    }
+    for (const auto& arrival : receiver.held()) all.append(shape_of(*arrival));
     return all;
 }
 
@@ -154,8 +121,7 @@ std::shared_ptr<Job> make_job(int rank, int world, const std::string& token, dou
 template <class End>
 std::shared_ptr<End> make_end(const std::shared_ptr<Job>& job, std::uint32_t number, const std::string& name, int peer,
                               std::uint64_t slots) {
-    if (peer < 0 || peer >= job->world()) throw py::value_error("no such rank");
-    if (slots < 1 || slots > 1 << 20) throw py::value_error("slots must be in 1 … 2^20");
+    check_link(*job, peer, slots);
     return std::make_shared<End>(job, LinkName{number, name, slots}, peer);
 }
 

@@ -42,10 +42,22 @@ struct DLManagedTensorVersioned {
 };
 }
 constexpr std::int32_t kDlpackCpu = 1;
+constexpr std::int32_t kDlpackCuda = 2;
 constexpr std::uint32_t kDlpackMajor = 1;
 
-// A contiguous tensor in the message's payload; it refers to the message until its deleter is called. `dtype` is a
-// place in kDtypes. Raises where it would reach beyond the payload.
+// Memory that belongs to a message.
+struct Span {
+    void* data;
+    std::uint64_t bytes;
+    DLDevice device;
+};
+
+// A contiguous tensor in the span, `offset` bytes from its start; it refers to the message until its deleter is called.
+// `dtype` is a place in kDtypes. Raises where it would reach beyond the span.
+DLManagedTensorVersioned* view_of(std::shared_ptr<const void> message, const Span& span, std::uint64_t offset,
+                                  std::uint8_t dtype, std::vector<std::int64_t> shape);
+
+// The same in the message's payload.
 DLManagedTensorVersioned* view_of(std::shared_ptr<const Arrival> arrival, std::uint64_t offset, std::uint8_t dtype,
                                   std::vector<std::int64_t> shape);
 

@@ -14,6 +14,7 @@ constexpr std::size_t kAlign = 64;  // of every tensor in a slot
 
 constexpr std::uint8_t kRequiresGrad = 1;
 constexpr std::uint8_t kBundle = 2;  // a descriptor, then the tensors that it names
+constexpr std::uint8_t kDevice = 4;  // tensors travel beside the payload, through device memory: see csrc/cuda
 
 struct Header {
     std::uint32_t magic;

@@ -1,5 +1,7 @@
 #include "transport/job.h"
 
+#include <poll.h>
+
 #include "transport/clock.h"
 #include "transport/header.h"
 #include "transport/socket.h"
@@ -96,6 +98,11 @@ void Job::raise_unusable() const {
     throw Failure(
         Fault::kTransport, -1,
         page_ ? rank_name(rank_) + " has closed its pipeline: open a new one" : "the job is not connected yet");
+}
+
+bool Job::has_died(int peer) const {
+    const Fd& process = peers_[static_cast<std::size_t>(peer)].pidfd;
+    return process && poll_socket(process, POLLIN, 0);
 }
 
 void Job::fail_closed(const Awaited& what) const {

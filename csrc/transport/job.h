@@ -58,6 +58,8 @@ class Job {
 
     // Whether `peer` has left in peace, and so will neither send nor free a slot.
     bool has_closed(int peer) const { return peer != rank_ && page_->state(peer) == Page::kClosed; }
+    // Whether the process of `peer` has ended, as far as its descriptor tells.
+    bool has_died(int peer) const;
     // Makes every rank raise PeerDied: this one waits for what such a peer will not do.
     void fail_closed(const Awaited& what) const;
 

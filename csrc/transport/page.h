@@ -65,6 +65,9 @@ class Page {
     std::int64_t all_wait_since(std::int64_t now) const;
     std::vector<Stall> stalls(std::int64_t now) const;
 
+    // Counts the calls of a rank's steward (csrc/cuda/steward.h), which sleeps on it.
+    std::atomic<std::uint32_t>& bell(int rank) const { return record(rank).bell; }
+
     int rank() const { return rank_; }
     int world() const { return world_; }
 
@@ -81,6 +84,7 @@ class Page {
     struct alignas(64) Record {
         std::atomic<std::int64_t> heartbeat_ns;
         std::atomic<std::uint32_t> state;
+        std::atomic<std::uint32_t> bell;
         alignas(64) std::atomic<std::int64_t> since_ns;
         std::atomic<std::int64_t> last_ns;
         std::atomic<std::uint32_t> kind;

@@ -7,12 +7,11 @@
 #include "transport/wait.h"
 
 namespace pipekern {
-namespace {
 
-std::shared_ptr<Memory> wait_for_control(Job& job, const LinkName& link, int source) {
+std::shared_ptr<Memory> await_memory(Job& job, Frame::Kind kind, const LinkName& link, int source) {
     std::shared_ptr<Memory> memory;
     const auto ready = [&] {
-        if (!memory) memory = job.exchange().take(source, Frame::kControl, link.number, 0);
+        if (!memory) memory = job.exchange().take(source, kind, link.number, 0);
         return memory != nullptr;
     };
     for (Patience patience(job, {Awaited::kLink, source, 0, &link.name}, now_ns());; job.observer().slice()) {
@@ -24,8 +23,10 @@ std::shared_ptr<Memory> wait_for_control(Job& job, const LinkName& link, int sou
     return memory;
 }
 
+namespace {
+
 std::shared_ptr<const Ring> take_control(Job& job, const LinkName& link, int source) {
-    auto memory = wait_for_control(job, link, source);
+    auto memory = await_memory(job, Frame::kControl, link, source);
     auto ring = std::make_shared<const Ring>(std::move(memory), link.slots, job.session());
     if (!ring->signed_as(link))
         throw Failure(Fault::kTransport, source,
@@ -47,33 +48,34 @@ std::uint64_t announced_bytes(const Header& header) {
 
 }  // namespace
 
-Receiver::Receiver(std::shared_ptr<Job> job, LinkName link, int source)
+Receiver::Receiver(std::shared_ptr<Job> job, LinkName link, int source, std::function<bool(const Header&)> landed)
     : job_(std::move(job)),
       link_(std::move(link)),
       source_(source),
       ring_(take_control(*job_, link_, source)),
+      landed_(std::move(landed)),
       held_(link_.slots) {}
 
 bool Receiver::ready() const {
     job_->check();
-    return ring_->arrived(next_);
+    return arrived();
 }
 
 bool Receiver::spin() const {
-    return pipekern::spin([this] { return ring_->arrived(next_); });
+    return pipekern::spin([this] { return arrived(); });
 }
 
 bool Receiver::wait(std::uint64_t tag, std::int64_t limit_ns) {
     const Turn turn(taken_, link_.name);
     const Awaited what{Awaited::kMessage, source_, tag, &link_.name};
-    return wait_for(*job_, what, ring_->sleeping(), [this] { return ring_->arrived(next_); }, limit_ns);
+    return wait_for(*job_, what, ring_->sleeping(), [this] { return arrived(); }, limit_ns);
 }
 
 std::shared_ptr<Arrival> Receiver::take(std::uint64_t tag) {
     const Turn turn(taken_, link_.name);
     job_->check();  // after the message came: once the job has failed, nothing returns data
     const Header& header = ring_->slot(next_).header;
-    if (!ring_->arrived(next_)) throw Failure(Fault::kTransport, -1, "no message on link '" + link_.name + "'");
+    if (!arrived()) throw Failure(Fault::kTransport, -1, "no message on link '" + link_.name + "'");
     check_header(header, tag);
     if (header.generation != generation_) map_generation(header.generation);
     const std::size_t slot_bytes = region_->size() / link_.slots;
@@ -88,9 +90,11 @@ std::shared_ptr<Arrival> Receiver::take(std::uint64_t tag) {
 }
 
 void Receiver::check_header(const Header& header, std::uint64_t tag) const {
-    const bool sane =
-        header.magic == kMagic && header.version == kVersion && header.dtype < kDtypeCount && header.ndim <= kMaxDims &&
-        ((header.flags & kBundle) ? header.descriptor <= header.bytes : announced_bytes(header) == header.bytes);
+    const bool sane = header.magic == kMagic && header.version == kVersion && header.dtype < kDtypeCount &&
+                      header.ndim <= kMaxDims &&
+                      ((header.flags & kBundle)   ? header.descriptor <= header.bytes
+                       : (header.flags & kDevice) ? header.bytes == 0
+                                                  : announced_bytes(header) == header.bytes);
     if (sane && header.tag == tag) return;
     const std::string place = "link '" + link_.name + "' from rank " + std::to_string(source_);
     if (!sane) throw Failure(Fault::kTransport, source_, "a message on " + place + " has a damaged header");

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -16,24 +17,42 @@ class Arrival {
   public:
     Arrival(std::shared_ptr<const Ring> ring, std::uint64_t seq, std::shared_ptr<Memory> region, std::byte* payload)
         : ring_(std::move(ring)), region_(std::move(region)), payload_(payload), seq_(seq) {}
-    ~Arrival() { ring_->give_credit(seq_); }
+    ~Arrival() {
+        if (release_) release_();
+        ring_->give_credit(seq_);
+    }
     Arrival(const Arrival&) = delete;
     Arrival& operator=(const Arrival&) = delete;
 
     const Header& header() const { return ring_->slot(seq_).header; }
     std::byte* payload() const { return payload_; }
+    std::uint64_t seq() const { return seq_; }
+
+    // What comes before the credit; must not throw.
+    void before_credit(std::function<void()> release) { release_ = std::move(release); }
 
   private:
     std::shared_ptr<const Ring> ring_;
     std::shared_ptr<Memory> region_;
     std::byte* payload_;
     std::uint64_t seq_;
+    std::function<void()> release_;
 };
+
+// What `source` passes of this kind for a link; waits for it.
+std::shared_ptr<Memory> await_memory(Job& job, Frame::Kind kind, const LinkName& link, int source);
 
 class Receiver {
   public:
-    // Takes the link's control memory from the sender; waits for it.
-    Receiver(std::shared_ptr<Job> job, LinkName link, int source);
+    // Takes the link's control memory from the sender; waits for it. An announced message has come once `landed` says
+    // so of its header; without it, at once.
+    Receiver(std::shared_ptr<Job> job, LinkName link, int source, std::function<bool(const Header&)> landed = {});
+
+    // Whether the next message is on its way, or there. Raises the job's failure.
+    bool announced() const {
+        job_->check();
+        return ring_->arrived(next_);
+    }
 
     // Whether receive() would not wait. Raises the job's failure.
     bool ready() const;
@@ -53,8 +72,12 @@ class Receiver {
     bool owns(const void* pointer) const;
 
     const LinkName& link() const { return link_; }
+    int source() const { return source_; }
+    // 1 while this end sleeps until a message comes; who clears it wakes.
+    std::atomic<std::uint32_t>& sleeping() const { return ring_->sleeping(); }
 
   private:
+    bool arrived() const { return ring_->arrived(next_) && (!landed_ || landed_(ring_->slot(next_).header)); }
     void check_header(const Header& header, std::uint64_t tag) const;
     void map_generation(std::uint32_t generation);
 
@@ -62,6 +85,7 @@ class Receiver {
     LinkName link_;
     int source_;
     std::shared_ptr<const Ring> ring_;
+    std::function<bool(const Header&)> landed_;
     std::shared_ptr<Memory> region_;
     std::uint32_t generation_ = 0;
     std::uint64_t next_ = 1;

@@ -37,7 +37,7 @@ bool Sender::free(std::uint64_t tag) {
     return ring_.has_credit(next_) || refuse(tag);
 }
 
-bool Sender::send(const Label& label, const Piece* pieces, std::size_t count) {
+bool Sender::send(const Label& label, const Piece* pieces, std::size_t count, const std::function<void()>& beside) {
     const Turn turn(taken_, link_.name);
     if (!free(label.tag)) return false;
     std::size_t bytes = 0;
@@ -51,6 +51,7 @@ bool Sender::send(const Label& label, const Piece* pieces, std::size_t count) {
         if (pieces[i].bytes) std::memcpy(payload + offset, pieces[i].data, pieces[i].bytes);
         offset += pieces[i].bytes;
     }
+    if (beside) beside();
     publish(label, bytes);
     return true;
 }

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "transport/job.h"
@@ -35,12 +36,19 @@ class Sender {
     bool free(std::uint64_t tag);
 
     // Copies the pieces, each at a multiple of 64 bytes, into the next slot; false at once when it is not free.
-    bool send(const Label& label, const Piece* pieces, std::size_t count);
+    // `beside` is called when the message is sure to go and before it is announced.
+    bool send(const Label& label, const Piece* pieces, std::size_t count, const std::function<void()>& beside = {});
+
+    // Says that this rank waits for a slot; returns false. Raises PeerDied where the receiver has closed.
+    bool refuse(std::uint64_t tag);
 
     const LinkName& link() const { return link_; }
+    int target() const { return target_; }
+    // 1 while the receiver sleeps until a message comes; who clears it wakes.
+    std::atomic<std::uint32_t>& receiver_sleeping() const { return ring_.sleeping(); }
+    std::uint64_t next() const { return next_; }  // the number of the message that comes next
 
   private:
-    bool refuse(std::uint64_t tag);
     bool grow(std::size_t bytes);
     void publish(const Label& label, std::size_t bytes);
 

@@ -12,11 +12,11 @@ namespace pipekern {
 
 // What is said over a socket; a shared memory's descriptor may come with it.
 struct Frame {
-    enum Kind : std::uint32_t { kHello = 1, kPage = 2, kControl = 3, kData = 4 };
+    enum Kind : std::uint32_t { kHello = 1, kPage = 2, kControl = 3, kData = 4, kBoard = 5, kStage = 6 };
 
     Kind kind;
-    std::uint32_t number;      // hello: the sender's rank; control, data: the link
-    std::uint32_t generation;  // data: which memory of the link
+    std::uint32_t number;      // hello: the sender's rank; else the link
+    std::uint32_t generation;  // data, stage: which memory of the link
     std::uint32_t version;
     std::uint64_t bytes;  // size of the memory
 };

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipekern._version import __version__
+from pipekern.cli import gpus
 from pipekern.cli.output import emit
 
 
@@ -35,7 +36,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(part)}" for key, part in value.items())
     if isinstance(value, list):
-        return "; ".join(value) or "none"
+        return "; ".join(map(_shown, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "missing" if value is None else str(value)
@@ -53,6 +54,12 @@ def examine() -> dict[str, Any]:
         faults.append(f"torch does not load ({torch_error}); pip install 'torch>=2.10'")
     if extension is None and note["tier"] != "python":
         faults.append(f"pipekern._C was built but does not load ({extension_error}); install pipekern again")
+    cards = [] if torch is None else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cuda = gpus.examine(extension if fast else None)
+    over_cuda = bool(fast and cards and cuda["driver"])
+    links, failure = gpus.self_test(len(cards)) if over_cuda else ([], "")
+    if failure:
+        faults.append(failure)
     return {
         "pipekern": __version__,
         "python": platform.python_version(),
@@ -60,12 +67,27 @@ def examine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch": None if torch is None else str(torch.__version__),
         "packages": {name: _version(name) for name in ("triton", "matplotlib", "safetensors", "tokenizers", "tqdm")},
-        "gpus": [] if torch is None else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": cards,
         "extension": f"loaded ({note['compiler']})" if extension is not None else note["reason"] or extension_error,
         "kernel": system,
-        "transport": "shm" if fast else "dist (torch.distributed)",
+        "tier": f"{note['tier']} ({note['kernels']})" if "kernels" in note else note["tier"],
+        "cuda": cuda,
+        "links": links,
+        "transport": "cuda" if over_cuda else "shm" if fast else "dist (torch.distributed)",
+        "why": _why(fast, over_cuda, cards, cuda),
         "faults": faults,
     }
+
+
+def _why(fast: bool, over_cuda: bool, cards: list[str], cuda: dict[str, Any]) -> str:
+    """The reason for the transport that a job on this machine gets."""
+    if over_cuda:
+        return "GPUs and a driver; tensors of the CPU go over shared memory"
+    if not fast:
+        return "shared memory needs the extension, memfd, pidfd and descriptors over sockets"
+    if cards:
+        return f"torch sees GPUs, and pipekern cannot use them: {cuda['why']}"
+    return f"torch sees no GPU ({cuda.get('why') or 'is it a build for the CPU?'})"
 
 
 def _load(name: str) -> tuple[Any, str]:

@@ -2,6 +2,7 @@
 
 from pipekern.plan.choose import Choice, choose
 from pipekern.plan.cluster import Cluster, Device, Link
+from pipekern.plan.codec import choose_codec
 from pipekern.plan.cost import Estimated, Layer, Measured, Work, measured, transformer
 from pipekern.plan.fit import Plan, fit
 from pipekern.plan.memory import FLOAT32, MIXED, ParameterBytes, RankMemory
@@ -24,6 +25,7 @@ __all__ = [
     "StageMemory",
     "Work",
     "choose",
+    "choose_codec",
     "fit",
     "measured",
     "partition",

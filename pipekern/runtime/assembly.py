@@ -37,12 +37,12 @@ _TRAIN = {
 _EVALUATE = {"RECV_F": "receive_evaluate", "F": "evaluate", "SEND_F": "send_evaluate"}
 
 
-def links(blueprint: Blueprint) -> list[Link]:
-    """Every link of the job, in the same order on every rank: between stages, between holders of a weight, and the
-    star.
+def links(blueprint: Blueprint, codec: str) -> list[Link]:
+    """Every link of the job, in the same order on every rank: between stages with ``codec``, between holders of a
+    weight, and the star.
     """
     home = blueprint.schedule.stage_rank
-    between = [Link(f"{a}>{b}", home[a], home[b], slots) for (a, b), slots in sorted(blueprint.slots().items())]
+    between = [Link(f"{a}>{b}", home[a], home[b], slots, codec) for (a, b), slots in sorted(blueprint.slots().items())]
     return between + tie_links(blueprint.ties) + star_links(blueprint.schedule.ranks, blueprint.root_rank)
 
 

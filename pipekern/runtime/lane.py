@@ -13,6 +13,7 @@ from pipekern.runtime.microbatch import to_device
 from pipekern.runtime.outgoing import BACKWARD_TAG, EVALUATE_TAG, FORWARD_TAG, GENERATE_TAG, Outgoing
 from pipekern.stage.stage import detached
 from pipekern.transport.base import Receiver, Sender
+from pipekern.transport.value import tensors
 
 
 @dataclass
@@ -112,9 +113,9 @@ class Lane:
     def _send_output(self, microbatch: int, kind: int) -> None:
         assert self._ends.forward_out is not None
         digest = self.batch.digest if microbatch == 0 else 0
-        self._outgoing.send(
-            self._ends.forward_out, kind | self.batch.tag | microbatch, self._outputs.pop(microbatch), digest
-        )
+        tag = kind | self.batch.tag | microbatch
+        value = self._outputs.pop(microbatch)
+        self._outgoing.send(self._ends.forward_out, tag, value, digest, given=_computed(value))
 
     # -- backward
 
@@ -138,6 +139,13 @@ class Lane:
     def send_backward(self, microbatch: int) -> None:
         """SEND_B."""
         assert self._ends.backward_out is not None
-        self._outgoing.send(
-            self._ends.backward_out, BACKWARD_TAG | self.batch.tag | microbatch, self._returned.pop(microbatch)
-        )
+        tag = BACKWARD_TAG | self.batch.tag | microbatch
+        self._outgoing.send(self._ends.backward_out, tag, self._returned.pop(microbatch), given=True)
+
+
+def _computed(value: Any) -> bool:
+    """Whether every tensor of ``value`` is the result of a graph and views no other memory.
+
+    A parameter, a buffer or a view of one may be changed by the stage after it has been sent.
+    """
+    return all((tensor if tensor._base is None else tensor._base).grad_fn is not None for tensor in tensors(value))

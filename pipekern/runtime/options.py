@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
+from pipekern.plan.codec import CODECS
 from pipekern.runtime.profile import LayerCosts
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.recompute import CHOICES
 from pipekern.stage.spec import LayerSpec
-from pipekern.transport.open import choose
+from pipekern.transport.open import check_name
 
 POLICIES = ("raise", "skip", "ignore")
 
@@ -41,11 +42,12 @@ class Options:
     inputs: Sequence[str] | None = None
     memory: float | Sequence[float] | None = None
     fuse_loss: bool | None = None
+    codec: str = "none"
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
-        choose(self.transport, None)
-        for name, choices in (("recompute", (*CHOICES, "auto")), ("on_nonfinite", POLICIES)):
+        check_name(self.transport)
+        for name, choices in (("recompute", (*CHOICES, "auto")), ("on_nonfinite", POLICIES), ("codec", CODECS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
         if not self.timeout > 0:

@@ -35,23 +35,23 @@ class Outgoing:
         self._transport = transport
         self._receivers = list(receivers)
         self._alone = alone  # nobody else could free a slot
-        self.queued: dict[str, deque[tuple[Sender, int, Any, int]]] = {}
+        self.queued: dict[str, deque[tuple[Sender, int, Any, int, bool]]] = {}
 
-    def send(self, sender: Sender, tag: int, value: Any, digest: int = 0) -> None:
+    def send(self, sender: Sender, tag: int, value: Any, digest: int = 0, given: bool = False) -> None:
         """Send now if the link has a free slot and nothing waits before it, else queue."""
         queue = self.queued.get(sender.link.name)
-        if queue is None and sender.send(tag, value, digest):
+        if queue is None and sender.send(tag, value, digest, given):
             return
         if queue is None:
             queue = self.queued[sender.link.name] = deque()
-        queue.append((sender, tag, self.own(value), digest))
+        queue.append((sender, tag, self.own(value), digest, given))
 
     def flush(self) -> None:
         """Retry every queue until it is empty or its link is full."""
         for name, queue in list(self.queued.items()):
             while queue:
-                sender, tag, value, digest = queue[0]
-                if not sender.send(tag, value, digest):
+                sender, tag, value, digest, given = queue[0]
+                if not sender.send(tag, value, digest, given):
                     break
                 queue.popleft()
             if not queue:

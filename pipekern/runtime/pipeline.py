@@ -59,6 +59,9 @@ class Pipeline:
     * ``fuse_loss``: a last layer that is an ``nn.Linear``, and an ``nn.CrossEntropyLoss`` or ``pk.nn.CrossEntropyLoss``
       without class weights, run as one: the logits of all tokens are never there. If None, where the last stage is on a
       GPU: on a CPU it saves memory and costs time. ``loss_path`` says what is done.
+    * ``codec``: how activations and gradients travel between CUDA devices: as they are, float32 as ``"bf16"``, or all
+      floats as ``"fp8"`` with a scale each 128 values; what arrives has its dtype again. ``pk.plan.choose_codec`` tells
+      by a link's bandwidth.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
@@ -85,11 +88,12 @@ class Pipeline:
         inputs: Sequence[str] | None = None,
         memory: float | Sequence[float] | None = None,
         fuse_loss: bool | None = None,
+        codec: str = "none",
     ):
         self._parts = start(
             Options(
                 module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
-                transport, timeout, inputs, memory, fuse_loss,
+                transport, timeout, inputs, memory, fuse_loss, codec,
             )
         )  # fmt: skip
         self.loss_path = self._parts.loss_path

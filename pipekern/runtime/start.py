@@ -43,7 +43,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
         options = replace(options, fuse_loss=devices[schedule.stage_rank[-1]].type == "cuda")
     loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
     stages = build_stages(blueprint, here, devices, options)
-    transport, senders, receivers = open_transport(options.transport, links(blueprint), schedule.ranks, world)
+    transport, senders, receivers = open_transport(options.transport, links(blueprint, options.codec), devices, world)
     return Assembly(blueprint, rank, stages, options.loss_fn, loss_path, transport, senders, receivers)
 
 

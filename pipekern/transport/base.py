@@ -17,13 +17,16 @@ class Link(NamedTuple):
     """One direction between two ends.
 
     ``name`` is unique in a job and the same on both ranks; ``slots`` is the most messages that may be between
-    arrival and last use at once, at least 1.
+    arrival and last use at once, at least 1. ``codec``: what transports that cast on the way do to floating-point
+    tensors of at least 128 values: "bf16" sends float32 as bfloat16, "fp8" sends them as float8_e4m3fn with a scale
+    each 128 values.
     """
 
     name: str
     source: int
     target: int
     slots: int
+    codec: str = "none"
 
 
 class Message(NamedTuple):
@@ -38,11 +41,13 @@ class Sender(Protocol):
 
     link: Link
 
-    def send(self, tag: int, value: Any, digest: int = 0) -> bool:
+    def send(self, tag: int, value: Any, digest: int = 0, given: bool = False) -> bool:
         """Copy ``value`` into the next slot, or return False at once when no slot is free.
 
         Tensors may be of any device, dtype, layout and shape, and may require gradients: whether a tensor does
-        is told to the receiver. Raises what :meth:`Transport.check` raises.
+        is told to the receiver. ``given``: nobody changes the tensors from now on, so that a copy may be made while the
+        sending stream goes on; a change that comes all the same is raised later, by this end. Raises what
+        :meth:`Transport.check` raises.
         """
         ...
 

@@ -53,7 +53,7 @@ class DistSender:
         self._blocks = Blocks()
         self._posted: deque[_Posted] = deque()  # what the peer may still be reading
 
-    def send(self, tag: int, value: Any, digest: int = 0) -> bool:
+    def send(self, tag: int, value: Any, digest: int = 0, given: bool = False) -> bool:
         """Copy ``value`` and start to send it, or return False when ``slots`` messages are not yet given back."""
         self._control.check()
         if self._free == 0:

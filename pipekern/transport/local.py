@@ -132,7 +132,7 @@ class LocalSender:
         self.link = receiver.link
         self._receiver = receiver
 
-    def send(self, tag: int, value: Any, digest: int = 0) -> bool:
+    def send(self, tag: int, value: Any, digest: int = 0, given: bool = False) -> bool:
         """Queue ``value`` by reference, or return False when every slot is in use."""
         self._receiver.transport.check()
         if self._receiver.full():

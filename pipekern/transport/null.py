@@ -105,7 +105,7 @@ class NullSender:
         self.link = link
         self._transport = transport
 
-    def send(self, tag: int, value: Any, digest: int = 0) -> bool:
+    def send(self, tag: int, value: Any, digest: int = 0, given: bool = False) -> bool:
         """Recorded as ``send``, or as ``full`` where it returns False."""
         self._transport.fail()
         full = self._transport.refuses(self.link.name)

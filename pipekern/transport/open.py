@@ -1,7 +1,7 @@
 """Which transport a job uses, and its links.
 
     world = join("auto", timeout=60.0)
-    transport, senders, receivers = open_transport("auto", links, 2, world)
+    transport, senders, receivers = open_transport("auto", links, [torch.device("cpu")] * 2, world)
 
 Both are collective: every rank of the job calls them, with the same links.
 """
@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+import torch
+
 from pipekern.errors import ConfigError
 from pipekern.transport.base import Link, Receiver, Sender, Transport
 from pipekern.transport.dist import DistTransport
@@ -20,7 +22,10 @@ from pipekern.transport.local import LocalTransport
 from pipekern.transport.null import NullTransport
 from pipekern.transport.world import World, same_host
 
-NAMES = ("auto", "shm", "dist", "local", "null")
+NAMES = ("auto", "shm", "cuda", "dist", "local", "null")
+
+
+_NOBODY_ELSE = 60.0  # seconds: the timeout of a job in one process, where nothing is waited for
 
 
 class Opened(NamedTuple):
@@ -31,24 +36,36 @@ class Opened(NamedTuple):
     receivers: Mapping[str, Receiver]
 
 
-def open_transport(name: str, links: Sequence[Link], ranks: int, world: World | None) -> Opened:
+def open_transport(name: str, links: Sequence[Link], devices: Sequence[torch.device], world: World | None) -> Opened:
     """Open ``links``, the same list on every rank; collective. ``world`` is what ``join(name, timeout)`` returned.
 
-    "auto" is "local" where this process has every rank, "shm" where all ranks share a host and have the C++ extension,
-    else "dist". The transport takes the world over: closing it closes the world. Raises ``ConfigError``, and what
-    happens to the job meanwhile: if one rank fails, all do.
+    ``devices``: one a rank; under a launcher this process's own counts. "auto" is "cuda" where all ranks share a host,
+    are on GPUs and have the C++ extension, else "shm" where they share a host and have it, else "dist"; where this
+    process has every rank it is "cuda" over several GPUs, else "local". The transport takes the world over: closing it
+    closes the world. Raises ``ConfigError``, and what happens to the job meanwhile: if one rank fails, all do.
     """
-    chosen = choose(name, world)
-    if world is not None and chosen in ("shm", "dist"):
+    chosen = choose(name, world, devices)
+    codecs = sorted({link.codec for link in links} - {"none"})
+    if codecs and chosen != "cuda":
+        raise ConfigError(
+            f"codec={codecs[0]!r}: the transport here is {chosen!r}, and only 'cuda' casts; leave codec out"
+        )
+    if world is not None and chosen in ("shm", "cuda", "dist"):
         try:
-            return _open_shm(world, links) if chosen == "shm" else _open_dist(world, links)
+            return _open_dist(world, links) if chosen == "dist" else _open_here(chosen, world, links, devices)
         except BaseException as error:
             world.abort(error, f"rank {world.rank}, opening the {chosen} transport")
             world.close()
             raise
     if world is not None:
         world.close()
-    transport: Transport = NullTransport() if chosen == "null" else LocalTransport(ranks)
+    transport: Transport
+    if chosen == "cuda":
+        from pipekern.transport.cuda import CudaTransport  # only here: it needs the C++ extension
+
+        transport = CudaTransport(None, len(devices), secrets.token_hex(16), _NOBODY_ELSE, lambda: None, devices)
+    else:
+        transport = NullTransport() if chosen == "null" else LocalTransport(len(devices))
     return Opened(transport, *transport.open(links))
 
 
@@ -62,33 +79,67 @@ def _open_dist(world: World, links: Sequence[Link]) -> Opened:
         raise
 
 
-def _open_shm(world: World, links: Sequence[Link]) -> Opened:
-    from pipekern.transport.shm import ShmTransport  # only here: it needs the C++ extension
+def _open_here(chosen: str, world: World, links: Sequence[Link], devices: Sequence[torch.device]) -> Opened:
+    from pipekern.transport.cuda import CudaTransport  # only here: they need the C++ extension
+    from pipekern.transport.shm import ShmTransport
 
     token = world.gather({"token": secrets.token_hex(16)})[0]["token"]
-    transport = ShmTransport(world.rank, world.size, token, world.timeout, lambda: world.gather({}))
+    transport: ShmTransport | CudaTransport
+    job = (world.rank, world.size, token, world.timeout, lambda: world.gather({}))
+    transport = ShmTransport(*job) if chosen == "shm" else CudaTransport(*job, devices)
     opened = Opened(transport, *transport.open(links))
     world.gather({})
     world.close()  # every rank has its links: from here on the transport itself watches
     return opened
 
 
-def choose(name: str, world: World | None) -> str:
-    """The transport that ``name`` stands for. Raises ``ConfigError`` where it cannot be had."""
+def check_name(name: str) -> None:
+    """Raise ``ConfigError`` for what is no transport."""
     if name not in NAMES:
         near = get_close_matches(name, NAMES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"transport={name!r} is not one of {', '.join(map(repr, NAMES))}{hint}")
-    if name == "auto" and (world is None or world.size == 1):
-        return "local"
-    if world is None:
+
+
+def choose(name: str, world: World | None, devices: Sequence[torch.device]) -> str:
+    """The transport that ``name`` stands for; collective. Raises ``ConfigError`` where it cannot be had."""
+    check_name(name)
+    if name not in ("auto", "shm", "cuda"):
         return name
-    obstacle = shm_obstacle(world.identities)
-    if name == "shm" and obstacle:
-        raise ConfigError(f"transport='shm' cannot be used: {obstacle}; use transport='dist', or 'auto'")
-    if name == "auto":
-        return "dist" if obstacle else "shm"
-    return name
+    alone = world is None or world.size == 1
+    if alone and name == "auto" and len(set(devices)) == 1:
+        return "local"
+    sharing = "" if world is None else shm_obstacle(world.identities)
+    cuda = sharing or _cuda_obstacle(world, devices)
+    obstacle = cuda if name == "cuda" else sharing
+    if obstacle and name != "auto":
+        raise ConfigError(f"transport={name!r} cannot be used: {obstacle}; use transport='dist', or 'auto'")
+    if name != "auto":
+        return name
+    if not cuda:
+        return "cuda"
+    if alone:
+        return "local"
+    return "dist" if sharing else "shm"
+
+
+def _cuda_obstacle(world: World | None, devices: Sequence[torch.device]) -> str:
+    """Why not all ranks can send and receive on their devices; empty where they can. Collective."""
+    if world is None:
+        return next(filter(None, map(device_obstacle, devices)), "")
+    rows = world.gather({"cuda": device_obstacle(devices[world.rank])})
+    return next((f"rank {rank}: {row['cuda']}" for rank, row in enumerate(rows) if row["cuda"]), "")
+
+
+def device_obstacle(device: torch.device) -> str:
+    """Why this process cannot send and receive on ``device``; empty where it can."""
+    if device.type != "cuda":
+        return f"its device is {device}, and the transport is for CUDA devices"
+    try:
+        from pipekern import _C
+    except ImportError:
+        return "the C++ extension is not built (`pipekern doctor` says why)"
+    return _C.cuda_obstacle()
 
 
 def shm_obstacle(identities: Sequence[Mapping[str, Any]]) -> str:

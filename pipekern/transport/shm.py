@@ -34,7 +34,7 @@ class ShmSender:
         self.end = end
         self._send_tensor = end.send_tensor
 
-    def send(self, tag: int, value: Any, digest: int = 0) -> bool:
+    def send(self, tag: int, value: Any, digest: int = 0, given: bool = False) -> bool:
         """See :meth:`pipekern.transport.base.Sender.send`."""
         if type(value) is Tensor or isinstance(value, Tensor):  # the second test takes 0.1 µs
             sent = self._send_tensor(tag, value, value.requires_grad, digest)
@@ -99,7 +99,7 @@ class ShmTransport:
         self._job.connect()
         self._rank = rank
         # A program that ends in order leaves the job in order, one that ends by an exception tells which.
-        self._leave = functools.partial(_leave, weakref.ref(self))
+        self._leave = functools.partial(leave, weakref.ref(self))
         atexit.register(self._leave)
 
     def open(self, links: Sequence[Link]) -> tuple[dict[str, ShmSender], dict[str, ShmReceiver]]:
@@ -123,10 +123,7 @@ class ShmTransport:
 
     def abort(self, error: BaseException, where: str) -> None:
         """See :meth:`pipekern.transport.base.Transport.abort`."""
-        head = f"rank {self._rank} failed, in {where}:\n"
-        trace = "".join(traceback.format_exception(error)).encode(errors="replace")
-        tail = trace[-(_TEXT_BYTES - len(head.encode())) :].decode(errors="replace")  # the error stands at the end
-        self._job.abort(head + tail)
+        self._job.abort(failure_text(error, f"rank {self._rank} failed, in {where}:\n"))
 
     def close(self) -> None:
         """See :meth:`pipekern.transport.base.Transport.close`."""
@@ -134,7 +131,13 @@ class ShmTransport:
         self._job.close()
 
 
-def _leave(reference: weakref.ref[ShmTransport]) -> None:
+def failure_text(error: BaseException, head: str) -> str:
+    """``head`` and the traceback of ``error``, as much of its end as a job's page holds."""
+    trace = "".join(traceback.format_exception(error)).encode(errors="replace")
+    return head + trace[-(_TEXT_BYTES - len(head.encode())) :].decode(errors="replace")  # the error stands at the end
+
+
+def leave(reference: weakref.ref[Any]) -> None:
     """At the interpreter's exit: what ended the program, if it was an exception, is every rank's failure."""
     transport = reference()
     if transport is None:
@@ -146,16 +149,17 @@ def _leave(reference: weakref.ref[ShmTransport]) -> None:
 
 
 def _unbundle(arrival: _C.Arrival, descriptor: bytes) -> Any:
-    offset = _aligned(len(descriptor))
+    offset = aligned(len(descriptor))
 
     def tensor_of(spec: message.TensorSpec) -> Tensor:
         nonlocal offset
         tensor = arrival.view(offset, DTYPE_CODE[spec.dtype], spec.shape)
-        offset = _aligned(offset + spec.nbytes)
+        offset = aligned(offset + spec.nbytes)
         return tensor
 
     return message.assemble(descriptor, tensor_of)
 
 
-def _aligned(offset: int) -> int:
+def aligned(offset: int) -> int:
+    """The next place in a payload where a tensor may begin."""
     return -(-offset // _ALIGN) * _ALIGN

@@ -71,15 +71,15 @@ class World:
 def join(name: str, timeout: float) -> World | None:
     """Meet the other ranks of a launcher; None where this process has every rank.
 
-    That is so for the transports "local" and "null", and for "auto" with neither a process group nor the env://
-    variables RANK and WORLD_SIZE. A default process group is used if there is one, else made, over gloo. ``timeout``
-    in seconds bounds every wait for ranks that do not come. Raises ``ConfigError``, ``TransportTimeout``.
+    That is so for the transports "local" and "null", and for "auto" and "cuda" with neither a process group nor the
+    env:// variables RANK and WORLD_SIZE. A default process group is used if there is one, else made, over gloo.
+    ``timeout`` in seconds bounds every wait for ranks that do not come. Raises ``ConfigError``, ``TransportTimeout``.
     """
     if name in ("local", "null"):
         return None
     ready = dist.is_initialized()
     if not ready and not ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
-        if name == "auto":
+        if name in ("auto", "cuda"):
             return None
         raise ConfigError(
             f"transport={name!r} moves messages between processes, and this one was not started by a launcher; "

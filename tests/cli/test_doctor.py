@@ -10,6 +10,7 @@ import pipekern
 from pipekern.cli import doctor, main
 
 KEYS = {"pipekern", "python", "cores", "torch", "gpus", "extension", "kernel", "transport", "faults", "packages"}
+KEYS |= {"tier", "cuda", "links", "why"}
 
 
 def test_golden_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ def test_golden() -> None:
 def _exchange(ranks: int, root: int) -> list[Any]:
     """Three rounds of a gather and a publication."""
     world = join("shm", 20.0)
-    transport, senders, receivers = open_transport("shm", star_links(ranks, root), ranks, world)
+    transport, senders, receivers = open_transport("shm", star_links(ranks, root), [torch.device("cpu")] * ranks, world)
     rank = int(os.environ["RANK"])
     star = Star(rank, ranks, root, Outgoing(transport, receivers.values(), alone=False), senders, receivers)
     seen: list[Any] = []
@@ -54,7 +54,7 @@ def test_every_rank_learns_every_value(ranks: int, root: int) -> None:
 
 
 def test_one_process_has_nobody_to_tell() -> None:
-    transport, senders, receivers = open_transport("local", [], 3, None)
+    transport, senders, receivers = open_transport("local", [], [torch.device("cpu")] * 3, None)
     star = Star(None, 3, 2, Outgoing(transport, receivers.values(), alone=True), senders, receivers)
     assert star.alone
     assert star.gather(5) == [5]

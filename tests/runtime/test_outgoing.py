@@ -26,7 +26,7 @@ class Slots:
         self.free = slots
         self.memory = memory
 
-    def send(self, tag: int, value: Any, digest: int = 0) -> bool:
+    def send(self, tag: int, value: Any, digest: int = 0, given: bool = False) -> bool:
         if not self.free:
             return False
         self.free -= 1

@@ -25,12 +25,14 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed import distributed_c10d as c10d
 
 from pipekern.transport.base import Link, Message, Receiver, Sender, Transport
 from pipekern.transport.open import open_transport
 from pipekern.transport.world import World, join
 from tests.launch import launch, values
+from tests.transport import fake_cuda
 
 WAIT = "wait"
 PATIENCE = 20.0  # seconds after which a wait inside a program is a fault; nothing is timed by it
@@ -42,7 +44,22 @@ _needs_extension = pytest.mark.skipif(
     importlib.util.find_spec("pipekern._C") is None, reason="the C++ extension is not built"
 )
 SHM = pytest.param("shm", marks=_needs_extension)
-PROCESSES = [SHM, "dist"]
+# The CUDA transport on the stand-in driver; tests/csrc/cuda runs its C++ in every mode.
+_FULL = [
+    pytest.param(name, marks=[_needs_extension, pytest.mark.full]) for name in fake_cuda.KNOBS if name != "fake-cuda"
+]
+ON_FAKE_CUDA = [pytest.param("fake-cuda", marks=_needs_extension), *_FULL]
+# The real one, two ranks on one device.
+ON_GPU = pytest.param(
+    "cuda",
+    marks=[
+        _needs_extension,
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    ],
+)
+PROCESSES = [SHM, "dist", *ON_FAKE_CUDA, ON_GPU]
+CPUS = [torch.device("cpu")] * 8
 ALL = ["local", *PROCESSES]
 
 
@@ -92,15 +109,20 @@ def run(
     """Each rank's result; fails if a rank raises or leaves something behind."""
     if transport == "local":
         return _interleaved(program, args, ranks, links)
+    if transport in fake_cuda.KNOBS:
+        fake_cuda.library()  # built once, and not by each rank
     outcomes = launch(rank_main, ranks, transport, program, args, links, timeout, timeout=3 * PATIENCE, store=store)
     return values(outcomes)
 
 
 def rank_main(transport: str, program: Program, args: Sequence[Any], links: Sequence[Link], timeout: float) -> Any:
     """What each process runs."""
-    world = join(transport, timeout)
+    leaks = fake_cuda.load(transport)
+    if transport == "cuda":
+        torch.set_default_device(devices(transport, int(os.environ["WORLD_SIZE"]))[int(os.environ["RANK"])])
+    world = join(fake_cuda.real_name(transport), timeout)
     assert world is not None
-    opened = open_transport(transport, links, world.size, world)
+    opened = open_transport(fake_cuda.real_name(transport), links, devices(transport, world.size), world)
     ends = Ends(world.rank, opened.transport, opened.senders, opened.receivers, world)
     steps = program(ends, *args)
     barriers = 0
@@ -117,8 +139,17 @@ def rank_main(transport: str, program: Program, args: Sequence[Any], links: Sequ
         opened.transport.abort(error, f"rank {world.rank}, in its test program")
         raise
     opened.transport.close()
+    del opened, ends, steps
     assert_nothing_left()
+    assert leaks() == ""
     return result
+
+
+def devices(transport: str, ranks: int) -> list[torch.device]:
+    """One a rank: the GPUs in turn for the real CUDA transport, else the CPU."""
+    if transport != "cuda":
+        return CPUS[:ranks]
+    return [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(ranks)]
 
 
 def _barrier(ends: Ends, number: int) -> None:
@@ -139,7 +170,7 @@ def assert_nothing_left() -> None:
 
 
 def _interleaved(program: Program, args: Sequence[Any], ranks: int, links: Sequence[Link]) -> list[Any]:
-    transport, senders, receivers = open_transport("local", links, ranks, None)
+    transport, senders, receivers = open_transport("local", links, CPUS[:ranks], None)
     running = {
         rank: program(
             Ends(

@@ -39,7 +39,7 @@ def test_golden(transport: str) -> None:
 
 def sample(seed: int) -> list[Any]:
     """One value of every kind that may travel, made from ``seed`` alike on every rank."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     matrix = torch.randn(6, 8, generator=g)
     return [
         matrix.clone(),

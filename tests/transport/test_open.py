@@ -10,10 +10,10 @@ import pytest
 from pipekern.errors import Aborted, ConfigError
 from pipekern.transport import world as world_module
 from pipekern.transport.base import Link
-from pipekern.transport.open import choose, open_transport, shm_obstacle
+from pipekern.transport.open import check_name, open_transport, shm_obstacle
 from pipekern.transport.world import identity, join
 from tests.launch import launch, values
-from tests.transport.programs import PAIR, SHM
+from tests.transport.programs import CPUS, PAIR, SHM
 
 
 def opened(name: str, without_extension: int = -1) -> Any:
@@ -28,7 +28,7 @@ def opened(name: str, without_extension: int = -1) -> Any:
     world = join(name, 30.0)
     assert world is not None
     try:
-        transport, senders, receivers = open_transport(name, PAIR, 2, world)
+        transport, senders, receivers = open_transport(name, PAIR, CPUS, world)
     except ConfigError as error:
         return str(error)
     other = 1 - world.rank
@@ -54,14 +54,14 @@ def test_shared_memory_that_cannot_be_had_is_refused_on_every_rank() -> None:
 
 
 def test_auto_is_local_without_a_launcher() -> None:
-    transport, senders, receivers = open_transport("auto", PAIR, 2, None)
+    transport, senders, receivers = open_transport("auto", PAIR, CPUS, None)
     assert transport.name == "local" and list(senders) == list(receivers) == ["0>1", "1>0"]
-    assert open_transport("null", PAIR, 2, None).transport.name == "null"
+    assert open_transport("null", PAIR, CPUS, None).transport.name == "null"
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"transport='shmem'.*did you mean 'shm'"):
-        choose("shmem", None)
+        check_name("shmem")
 
 
 def test_the_obstacle_names_the_rank() -> None:
@@ -75,7 +75,7 @@ def fails_to_open(links: list[Link]) -> Any:
     world = join("dist", 60.0)
     assert world is not None
     with pytest.raises((ConfigError, Aborted)) as caught:
-        open_transport("dist", links if world.rank == 1 else PAIR, 2, world)
+        open_transport("dist", links if world.rank == 1 else PAIR, CPUS, world)
     return type(caught.value).__name__, str(caught.value)
 
 
@@ -87,4 +87,4 @@ def test_a_failure_to_open_on_one_rank_is_raised_by_all() -> None:
 
 def test_ranks_that_open_different_links_are_told() -> None:
     for _, text in values(launch(fails_to_open, 2, [*PAIR, Link("more", 0, 1, 1)], timeout=30.0)):
-        assert "the ranks open different links" in text and '["more", 0, 1, 1]' in text
+        assert "the ranks open different links" in text and '["more", 0, 1, 1, "none"]' in text

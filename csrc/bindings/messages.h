@@ -1,0 +1,35 @@
+// What the bindings of all transports share: messages between torch and the ends of links.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "bindings/torch_tensors.h"
+#include "transport/receiver.h"
+#include "transport/sender.h"
+
+namespace pipekern {
+
+inline std::int64_t to_ns(double seconds) { return static_cast<std::int64_t>(seconds * 1e9); }
+
+// A tensor's header; nothing where its shape does not fit one.
+std::optional<Label> label_of(const PlainTensor& tensor, std::uint64_t tag, bool requires_grad, std::uint64_t digest);
+
+Label bundle_label(std::uint64_t tag, const std::string& descriptor, std::uint64_t digest);
+
+pybind11::bytes descriptor_of(const Arrival& arrival);
+
+// base.py's Message, made as its own constructor does.
+pybind11::object message_of(pybind11::object value, std::uint64_t digest);
+
+// Of a message that is still held: a tensor's shape, or a bundle's descriptor.
+pybind11::object shape_of(const Arrival& arrival);
+
+// Raises ValueError for a link that cannot be.
+void check_link(const Job& job, int peer, std::uint64_t slots);
+
+}  // namespace pipekern

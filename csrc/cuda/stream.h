@@ -1,0 +1,62 @@
+// A stream and an event that belong to this process and destroy themselves. Contexts outlive them.
+#pragma once
+
+#include <utility>
+
+#include "cuda/context.h"
+
+namespace pipekern::cuda {
+
+class Event {
+  public:
+    Event() { demand(Driver::get().event_create(&handle_, kEventDisableTiming), "a new event"); }
+    ~Event() {
+        const Driver* driver = Driver::alive();
+        if (handle_ && driver) driver->event_destroy(handle_);
+    }
+    Event(Event&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+    Event& operator=(Event&& other) noexcept {
+        std::swap(handle_, other.handle_);
+        return *this;
+    }
+
+    EventHandle handle() const { return handle_; }
+    void record(StreamHandle stream) { demand(Driver::get().event_record(handle_, stream), "recording an event"); }
+    // Whether all work before the last record has been done.
+    bool passed() const {
+        const int result = Driver::get().event_query(handle_);
+        if (result == kNotReady) return false;
+        demand(result, "earlier work on a stream");
+        return true;
+    }
+
+  private:
+    EventHandle handle_ = nullptr;
+};
+
+// Does not wait for the legacy default stream, nor it for this one. Made in the current context.
+class Stream {
+  public:
+    Stream() { demand(Driver::get().stream_create(&handle_, kStreamNonBlocking), "a new stream"); }
+    ~Stream() {
+        if (const Driver* driver = Driver::alive()) driver->stream_destroy(handle_);
+    }
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+
+    StreamHandle handle() const { return handle_; }
+    void wait(const Event& event) {
+        demand(Driver::get().stream_wait_event(handle_, event.handle(), 0), "waiting for an event");
+    }
+    bool idle() const {
+        const int result = Driver::get().stream_query(handle_);
+        if (result == kNotReady) return false;
+        demand(result, "earlier work on a copy stream");
+        return true;
+    }
+
+  private:
+    StreamHandle handle_ = nullptr;
+};
+
+}  // namespace pipekern::cuda

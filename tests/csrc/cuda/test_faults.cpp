@@ -1,0 +1,128 @@
+// What ends a link between devices: failing calls of the driver, parked streams of a failed job, forks.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "device_link.h"
+
+using namespace device_link;
+
+namespace {
+
+// A stream that goes on only when the test says so.
+struct Gate {
+    std::atomic<bool> open{false};
+    void hold(const Mine& mine) {
+        const Current current(*mine.context);
+        const auto wait = [](void* data) {
+            while (!static_cast<Gate*>(data)->open.load()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        };
+        demand(Driver::get().launch_host(mine.handle(), wait, this), "the test");
+    }
+};
+
+// Every call that a whole exchange makes fails once: each time it raises, or goes another way; it neither hangs nor
+// leaks.
+void each_call_fails_once(bool on_host, bool staged) {
+    const Knobs restore;
+    fake::knobs().devices = 2;
+    fake::knobs().no_peer = staged;
+    int raised = 0, fine = 0;
+    for (int call = 0, last = 0; call <= last; ++call) {  // first none: how many there are
+        fake::calls() = 0;
+        fake::knobs().fail = call;
+        try {
+            Link link(2, Codec::kFp8, on_host, 1);
+            for (std::uint64_t tag = 1; tag <= 3; ++tag) {
+                CHECK(link.send(tag, {1, 2, 3}));
+                CHECK(link.receiver->wait(tag, -1));
+                const auto delivery = link.receiver->take(tag, link.target.handle());
+                CHECK_EQUAL(link.read(delivery).size(), 3u);
+            }
+            ++fine;
+        } catch (const Failure& failure) {
+            CHECK(failure.kind() == Fault::kTransport || failure.kind() == Fault::kAborted);
+            CHECK(std::string(failure.what()).size() > 20);
+            if (call == 0) check::fail(__FILE__, __LINE__, failure.what());
+            ++raised;
+        }
+        last = std::max(last, fake::calls().load());
+        fake::knobs().fail = 0;
+    }
+    CHECK(raised >= 40 && fine >= 1);  // a way that fails to open is replaced by another
+}
+
+// The job fails while a receiving stream waits for data that will not come: it goes on, over NaN.
+void a_parked_receive_is_released(bool staged) {
+    const Knobs restore;
+    fake::knobs().no_peer = staged;
+    Gate gate;
+    {
+        Link link(2, Codec::kNone, false, 1);
+        gate.hold(link.source);
+        Label label{1, 0, kU32, 1, 0, {3}};
+        CHECK(link.sender.send(label, {}, {{link.source.memory->pointer(), 3, kU32}}, link.source.handle(), true));
+        auto delivery = link.receiver->take(1, link.target.handle());
+        std::uint32_t got[3] = {};
+        link.target.copy(reinterpret_cast<Pointer>(got), reinterpret_cast<void*>(delivery.base + delivery.offset(0)),
+                         sizeof got);
+        delivery = {};
+        CHECK(Driver::get().stream_query(link.target.handle()) == kNotReady);
+        link.job->abort("the test fails");
+        link.target.synchronize();
+        for (const std::uint32_t word : got) CHECK_EQUAL(word, 0xffffffffu);
+        CHECK_RAISES(Fault::kAborted, 0, "the test fails", link.receiver->take(2, link.target.handle()));
+        CHECK_RAISES(Fault::kAborted, 0, "the test fails", link.sender.free(2));
+        gate.open = true;
+    }
+}
+
+// The job fails while a copy waits for a credit that the receiving stream cannot give.
+void a_parked_send_is_released() {
+    Gate gate;
+    Link link(1);
+    CHECK(link.send(1, {1}));
+    gate.hold(link.target);
+    link.receiver->take(1, link.target.handle());  // the credit is queued behind the gate
+    CHECK(link.send(2, {2}));
+    while (link.sender.reap() < 1) sched_yield();
+    link.job->abort("the test fails");
+    while (link.sender.reap() < 2) sched_yield();
+    gate.open = true;
+}
+
+// A forked child is told that it cannot use CUDA, and its views of messages touch nothing.
+void a_forked_child_is_refused() {
+    Link link(2);
+    CHECK(link.send(1, {1}));
+    auto delivery = link.receiver->take(1, link.target.handle());
+    const pid_t child = fork();
+    if (child == 0) {
+        delivery = {};
+        CHECK(Driver::obstacle().find("forked") != std::string::npos);
+        CHECK_RAISES(Fault::kTransport, -1, "forked", Context(0));
+        CHECK_RAISES(Fault::kTransport, -1, "forked", link.receiver->take(2, nullptr));
+        link.sender.close();
+        link.receiver->close();
+        _exit(0);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    CHECK_EQUAL(status, 0);
+    CHECK_EQUAL(link.read(delivery)[0], 1u);
+    delivery = {};
+    CHECK(link.send(2, {2}));
+    CHECK_EQUAL(link.read(link.receiver->take(2, link.target.handle()))[0], 2u);
+}
+
+}  // namespace
+
+int main() {
+    fake::knobs().devices = 2;
+    each_call_fails_once(false, false);
+    each_call_fails_once(true, true);
+    a_parked_receive_is_released(false);
+    a_parked_receive_is_released(true);
+    a_parked_send_is_released();
+    a_forked_child_is_refused();
+    CHECK_EQUAL(fake::leaks(), std::string());
+}

@@ -1,0 +1,281 @@
+"""What the CUDA transport does beyond the contract, on the stand-in driver."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import secrets
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pipekern as pk
+from pipekern.errors import ConfigError, MessageMismatch, TransportError
+from pipekern.transport.base import Link
+from pipekern.transport.open import choose, open_transport
+from tests.launch import launch, values
+from tests.transport import fake_cuda
+from tests.transport.programs import CPUS, Ends, receive, run, send
+
+pytest.importorskip("pipekern._C")
+from pipekern.transport.cuda import CudaReceiver, CudaSender, CudaTransport
+
+Steps = Generator[str | None, None, Any]
+
+
+def alone_main(body: str, name: str) -> Any:
+    """In a process of its own: a job of two ranks in this process, on the stand-in."""
+    leaks = fake_cuda.load(name)
+    links = [Link(f"{codec} 0>1", 0, 1, 2, codec) for codec in ("none", "bf16", "fp8")]
+    transport = CudaTransport(None, 2, secrets.token_hex(16), 60.0, lambda: None, CPUS[:2])
+    senders, receivers = transport.open(links)
+    result = BODIES[body](transport, senders, receivers)
+    transport.close()
+    del senders, receivers, transport
+    assert leaks() == ""
+    return result
+
+
+def alone(body: str, name: str = "fake-cuda") -> Any:
+    fake_cuda.library()
+    return values(launch(alone_main, 1, body, name))[0]
+
+
+def value_of(receiver: CudaReceiver, tag: int) -> Any:
+    message = receiver.recv(tag)
+    assert message is not None
+    return message.value
+
+
+def cast(_: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> dict[str, Any]:
+    got = {}
+    for name, sender in senders.items():
+        value = (torch.linspace(-3, 3, 256), torch.arange(200), torch.linspace(-1, 1, 256).bfloat16(), torch.ones(5))
+        assert sender.send(0, value)
+        got[name.split()[0]] = value, tuple(map(torch.clone, value_of(receivers[name], 0)))
+    return got
+
+
+def test_golden_codecs() -> None:
+    """bf16 rounds float32, fp8 rounds floats of at least a group; everything else is exact."""
+    for codec, (sent, got) in alone("cast").items():
+        assert [t.dtype for t in sent] == [t.dtype for t in got]
+        assert torch.equal(got[1], sent[1]) and torch.equal(got[3], sent[3])
+        if codec == "bf16":
+            assert torch.equal(got[0], sent[0].bfloat16().float()) and torch.equal(got[2], sent[2])
+        elif codec == "fp8":
+            scale = 2.0**-7  # 3 at most, over 448, up to a power of two
+            assert torch.equal(got[0], (sent[0] / scale).to(torch.float8_e4m3fn).float() * scale)
+            assert not torch.equal(got[2], sent[2])
+        else:
+            assert torch.equal(got[0], sent[0]) and torch.equal(got[2], sent[2])
+
+
+def add(_: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> None:
+    for name, sender in senders.items():
+        value = torch.randn(300, 3)
+        for tag in range(2):
+            assert sender.send(tag, value, given=True)
+        got, total = value_of(receivers[name], 0), torch.randn(300, 3)
+        expected = total + got
+        assert receivers[name].recv_into(1, total)
+        assert torch.equal(total, expected)
+        del got
+        assert sender.send(2, value)
+        with pytest.raises(MessageMismatch, match="is to be added to"):
+            receivers[name].recv_into(2, total[:5])
+
+
+def test_a_message_is_added_to_a_sum_in_one_pass() -> None:
+    alone("add")
+
+
+def gift(transport: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> str:
+    sender, receiver = senders["none 0>1"], receivers["none 0>1"]
+    for given in (False, True):
+        value = torch.zeros(1000)
+        assert sender.send(0, value, given=given)
+        value.fill_(1.0)
+        if not given:
+            assert not value_of(receiver, 0).any()  # the change came after the read
+            transport.check()
+    with pytest.raises(TransportError, match=r"changed in place after rank 0 had sent it on link 'none 0>1'") as caught:
+        while True:
+            transport.check()
+    return str(caught.value)
+
+
+def test_a_gift_that_is_changed_is_an_error_and_everything_else_is_read_first() -> None:
+    assert "[[1000]]" in alone("gift")
+
+
+def nobody(_: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> None:
+    with pytest.raises(TransportError, match="rank 1 receives on link none 0>1, but rank 0 has not sent"):
+        receivers["none 0>1"].recv(0)
+    assert senders["none 0>1"].send(0, "there")
+    assert value_of(receivers["none 0>1"], 0) == "there"
+    assert senders["none 0>1"].send(1, torch.arange(3.0), given=True)
+    assert value_of(receivers["none 0>1"], 1).tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", list(fake_cuda.KNOBS))
+def test_in_one_process_nobody_waits_for_what_is_not_sent(name: str) -> None:
+    alone("nobody", name)
+
+
+def lets_go(transport: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> None:
+    import weakref
+
+    value = torch.zeros(100_000)
+    reference = weakref.ref(value)
+    assert senders["none 0>1"].send(0, value)
+    del value
+    assert value_of(receivers["none 0>1"], 0).numel() == 100_000
+    while reference() is not None:
+        transport.check()
+
+
+def test_a_sent_tensor_is_held_until_it_has_been_read() -> None:
+    alone("lets_go")
+
+
+def outlives(transport: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> None:
+    assert senders["none 0>1"].send(0, torch.arange(10.0))
+    kept = value_of(receivers["none 0>1"], 0)
+    transport.close()
+    assert kept.tolist() == list(range(10))
+    del kept
+    gc.collect()
+
+
+def test_a_received_tensor_outlives_the_transport() -> None:
+    alone("outlives")
+
+
+BODIES = {"cast": cast, "add": add, "gift": gift, "nobody": nobody, "lets_go": lets_go, "outlives": outlives}
+
+
+def ways(ends: Ends) -> Steps:
+    other = 1 - ends.rank
+    yield from send(ends, f"{ends.rank}>{other}", 0, torch.ones(3))
+    yield from receive(ends, f"{other}>{ends.rank}", 0)
+    assert isinstance(ends.transport, CudaTransport)
+    return ends.transport.ways()
+
+
+@pytest.mark.parametrize("name", ["fake-cuda", "fake-cuda-staged"])
+def test_each_link_says_which_way_it_goes(name: str) -> None:
+    for row in run(name, ways):
+        (way,) = row.values()
+        assert way == "ipc" if name == "fake-cuda" else way.startswith("staged: CUDA refused an IPC handle")
+
+
+def self_test(ends: Ends) -> Steps:
+    from pipekern.transport import probe
+    from pipekern.transport.open import Opened
+
+    probe.BYTES = 1 << 16
+    opened = Opened(ends.transport, ends.senders, ends.receivers)
+    rows = probe.measure(ends.rank, probe.links_between(2), opened, CPUS[0], seconds=0.1)
+    yield None
+    return rows
+
+
+def test_the_self_test_measures_every_link() -> None:
+    rows, own = run("fake-cuda", self_test)
+    assert [row.link for row in rows] == ["0>1", "1>0"] and rows[1:] == own
+    assert all(row.way == "ipc" and row.latency > 0 and row.bandwidth > 0 for row in rows)
+
+
+def train(transport: str, ranks: int | None, schedule: str, codec: str = "none") -> dict[str, Tensor]:
+    """Three steps; this process's parameters afterwards."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(32, 32), nn.Tanh())))
+    pipe = pk.Pipeline(
+        net,
+        loss_fn=nn.MSELoss(),
+        microbatches=6,
+        schedule=schedule,
+        transport=transport,
+        ranks=ranks,
+        devices=["cpu"],
+        codec=codec,
+    )
+    assert pipe._parts.transport.name == ("cuda" if transport == "cuda" else "local")
+    optimizer = pipe.optimizer(torch.optim.SGD, lr=0.1)
+    for _ in range(3):
+        pipe.train_step(torch.randn(48, 32), torch.randn(48, 32))
+        optimizer.step()
+        optimizer.zero_grad()
+    pipe._parts.transport.close()
+    return {name: value.detach().clone() for name, value in pipe.named_parameters()}
+
+
+def trained_with(codec: str) -> float:
+    """The largest difference that the codec makes, relative to the parameter's largest value."""
+    fake_cuda.load("fake-cuda")
+    del os.environ["RANK"]
+    reference, cast = train("local", 2, "1f1b"), train("cuda", 2, "1f1b", codec)
+    return max(float((cast[n] - reference[n]).abs().max() / reference[n].abs().max()) for n in reference)
+
+
+@pytest.mark.parametrize(("codec", "most"), [("bf16", 0.005), ("fp8", 0.05)])
+def test_a_pipeline_trains_with_a_codec(codec: str, most: float) -> None:
+    fake_cuda.library()
+    (difference,) = values(launch(trained_with, 1, codec))
+    assert 0 < difference < most
+
+
+def trained_here(schedule: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    fake_cuda.load("fake-cuda")
+    launched = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    if not launched:
+        del os.environ["RANK"]
+    over_cuda = train("cuda", None if launched else 2, schedule)
+    return over_cuda, train("local", 2, schedule)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pipeline_trains_to_the_same_bits(schedule: str, processes: int) -> None:
+    fake_cuda.library()
+    names: set[str] = set()
+    for over_cuda, reference in values(launch(trained_here, processes, schedule)):
+        names |= over_cuda.keys()
+        for name, value in over_cuda.items():
+            assert torch.equal(value, reference[name]), name
+    assert len(names) == 8
+
+
+def test_a_codec_needs_the_cuda_transport() -> None:
+    with pytest.raises(ConfigError, match="codec='bf16': the transport here is 'local', and only 'cuda' casts"):
+        pk.Pipeline(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), loss_fn=nn.MSELoss(), microbatches=2, codec="bf16")
+    with pytest.raises(ConfigError, match="codec='fp4'"):
+        pk.Pipeline(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), loss_fn=nn.MSELoss(), microbatches=2, codec="fp4")
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("pipekern._C.cuda_obstacle", lambda: "no CUDA driver here")
+    yield
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_auto_and_what_cannot_be_had() -> None:
+    cards = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert choose("auto", None, cards) == "local"
+    with pytest.raises(ConfigError, match="transport='cuda' cannot be used: no CUDA driver here"):
+        choose("cuda", None, cards)
+    with pytest.raises(ConfigError, match="its device is cpu"):
+        open_transport("cuda", [], copy.copy(CPUS[:2]), None)
+
+
+def test_auto_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipekern._C.cuda_obstacle", lambda: "")
+    assert choose("auto", None, [torch.device("cuda", 0), torch.device("cuda", 1)]) == "cuda"
+    assert choose("auto", None, [torch.device("cuda", 0)] * 2) == "local"  # by reference: nothing is faster
+    assert choose("auto", None, CPUS[:2]) == "local"
