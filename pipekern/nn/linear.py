@@ -36,6 +36,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., in_features] · weightᵀ + bias."""
+        if self.weight.grad_dtype is self.weight.dtype:
+            return super().forward(input)
         if torch.is_autocast_enabled(input.device.type) and input.dtype is not torch.float64:
             input = input.to(torch.get_autocast_dtype(input.device.type))
         return _Product.apply(input, self.weight, self.bias)
@@ -56,7 +58,6 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         used = weight.to(x.dtype)
         ctx.save_for_backward(x, used)
-        ctx.wide = torch.promote_types(weight.dtype, torch.float32)
         ctx.of_bias = None if bias is None else bias.dtype
         return F.linear(x, used, None if bias is None else bias.to(x.dtype))
 
@@ -67,7 +68,7 @@ class _Product(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         dw = None
         if of_weight:
-            dw = torch.empty_like(used, dtype=ctx.wide)
+            dw = torch.empty_like(used, dtype=torch.float32)
             linear_backward_weight(dy, x, dw, beta=0.0)
-        db = dy.flatten(0, -2).sum(0, dtype=ctx.wide).to(ctx.of_bias) if of_bias else None
+        db = dy.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.of_bias) if of_bias else None
         return linear_backward_input(dy, used) if of_x else None, dw, db

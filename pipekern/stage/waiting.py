@@ -136,12 +136,12 @@ def _matrix(value: Tensor) -> Tensor:
 @torch.no_grad()
 def _linear_weight(weight: Tensor, bias: Tensor | None, value: Tensor, gradient: Tensor) -> None:
     rows, columns = _matrix(gradient), _matrix(value)
-    grad = weight.grad
-    strided = grad is None or grad.layout is torch.strided
-    if strided and gradient_dtype(weight) is torch.float32 and rows.dtype in (torch.bfloat16, torch.float16):
-        if grad is None:
+    main = weight.dtype.itemsize < 4 and gradient_dtype(weight) is torch.float32
+    if main and (weight.grad is None or weight.grad.layout is torch.strided):
+        beta = 0.0 if weight.grad is None else 1.0
+        if weight.grad is None:
             weight.grad = torch.empty_like(weight, dtype=torch.float32)
-        linear_backward_weight(rows, columns, weight.grad, beta=0.0 if grad is None else 1.0)
+        linear_backward_weight(rows, columns, weight.grad, beta)
     else:
         # Not addmm_: it rounds otherwise than autograd, 2.9 times as far for narrow layers, to save 2 % of W at 256.
         _add(weight, rows.t().mm(columns))

@@ -64,9 +64,10 @@ def test_w_writes_into_the_main_gradient() -> None:
 
 
 @pytest.mark.parametrize("waiting", [False, True])
-def test_autocast(waiting: bool) -> None:
-    """A float32 weight's product in bfloat16 goes unrounded into its float32 gradient."""
-    layer, x, dy = pk.nn.Linear(64, 32), torch.randn(48, 64).bfloat16(), torch.randn(48, 32).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype: torch.dtype, waiting: bool) -> None:
+    """A float32 weight's gradient is that of ``nn.Linear``, to the bit; one of 16 bits has its own, unrounded."""
+    layer, x, dy = pk.nn.Linear(64, 32, dtype=dtype), torch.randn(48, 64).bfloat16(), torch.randn(48, 32).bfloat16()
     deferral = Deferral([layer] if waiting else [])
     with deferral, torch.autocast("cpu", torch.bfloat16):
         y = layer(x.float())
@@ -75,9 +76,11 @@ def test_autocast(waiting: bool) -> None:
         y.backward(dy)
     for work in deferral.take():
         work()
-    exact = dy.double().T @ x.double()
-    assert layer.weight.grad is not None
-    torch.testing.assert_close(layer.weight.grad.double(), exact, rtol=1e-5, atol=1e-5)
+    assert layer.weight.grad is not None and layer.weight.grad.dtype is torch.float32
+    if dtype is torch.float32:
+        assert torch.equal(layer.weight.grad, (dy.T @ x).float())
+    else:
+        torch.testing.assert_close(layer.weight.grad.double(), dy.double().T @ x.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_dtype_follows_the_weight() -> None:
