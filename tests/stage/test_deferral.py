@@ -75,6 +75,22 @@ def test_gradients_are_those_of_autograd(case: str) -> None:
             torch.testing.assert_close(p.grad.to_dense(), q.grad.to_dense(), rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (3, 64), (128, 33)])
+def test_linear_layers_have_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """As a whole backward, over two micro-batches in order: a schedule that puts weight work off changes nothing."""
+    module = nn.Linear(shape[-1], 40, dtype=dtype)
+    plain = copy.deepcopy(module)
+    for _ in range(2):
+        x, deferral = torch.randn(shape, dtype=dtype), Deferral([module])
+        run(module, x, deferral)
+        for work in deferral.take():
+            work()
+        run(plain, x)
+    assert torch.equal(module.weight.grad, plain.weight.grad)  # type: ignore[arg-type]
+    assert torch.equal(module.bias.grad, plain.bias.grad)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_a_weight_that_a_hook_watches_does_not_wait(hook: str) -> None:
     layer, seen = nn.Linear(4, 4), []
