@@ -11,15 +11,11 @@ than 1 is slower than pipekern.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import quantiles
 
-import torch
 import torch.distributed as dist
 
 from benchmarks.pipelines import overhead, rounds
@@ -27,6 +23,8 @@ from benchmarks.pipelines.case import cases, trivial
 from benchmarks.pipelines.contender import contenders
 from benchmarks.pipelines.machine import describe
 from benchmarks.pipelines.rounds import Result
+from benchmarks.record import write
+from benchmarks.two_ranks import start
 
 Row = dict[str, str | int]
 
@@ -34,21 +32,7 @@ Row = dict[str, str | int]
 def main() -> None:
     """Start two ranks, or be one of them."""
     options = arguments()
-    if "RANK" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            "-m",
-            "benchmarks.pipeline_cpu",
-        ]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise SystemExit(f"this benchmark needs a core for each of its two ranks; this process may use {len(cores)}")
-    os.sched_setaffinity(0, {cores[int(os.environ["RANK"])]})  # before a thread starts: all of them inherit it
+    start("benchmarks.pipeline_cpu")
     rank_main(options)
 
 
@@ -65,7 +49,6 @@ def arguments() -> argparse.Namespace:
 def rank_main(options: argparse.Namespace) -> None:
     """One rank of two, alone on its core."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     first = dist.get_rank() == 0
     machine = describe()
@@ -128,16 +111,6 @@ def show(rows: Sequence[Row]) -> str:
         spans = [f"{row[f'{k}_median']} [{row[f'{k}_q1']}, {row[f'{k}_q3']}]" for k in ("ms", "ratio", "ratio_to_1f1b")]
         lines.append(f"  {name:32}{spans[0]:>26}{spans[1]:>30}{spans[2]:>26}")
     return "\n".join(lines)
-
-
-def write(path: Path, machine: dict[str, str], rows: Sequence[Row]) -> None:
-    """CSV, with the machine in comment lines before it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

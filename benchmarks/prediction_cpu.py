@@ -12,16 +12,12 @@ stages whose backward is whole.
 from __future__ import annotations
 
 import argparse
-import csv
-import os
 import random
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 
 import pipekern as pk
@@ -29,6 +25,8 @@ from benchmarks.pipelines.case import Case, gpt
 from benchmarks.pipelines.machine import describe
 from benchmarks.pipelines.ours import Ours
 from benchmarks.pipelines.rounds import step_seconds
+from benchmarks.record import write
+from benchmarks.two_ranks import start
 
 FUSED = {2: "1f1b", 4: "interleaved-1f1b", 8: "interleaved-1f1b"}  # by stages
 GRID = [("1f1b", 1), ("zb-h1", 1), ("zb-h2", 1), ("interleaved-1f1b", 2), ("zb-v", 2), ("v-half", 2)]
@@ -79,16 +77,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, help="write a CSV file")
     options = parser.parse_args()
-    if "RANK" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        os.execv(sys.executable, [sys.executable, *launcher, "-m", "benchmarks.prediction_cpu", *sys.argv[1:]])
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["RANK"])]})
-    torch.set_num_threads(1)
+    start("benchmarks.prediction_cpu")
     dist.init_process_group("gloo")
     rows = [row for m in (2, 4, 8) for row in measure(gpt(256, 8, 128, 4, m, steps=1), options.rounds)]
     if dist.get_rank() == 0:
-        write(rows, options.out)
+        for row in rows:
+            print("  ".join(f"{value:>16}" for value in row.values()), flush=True)
+        if options.out:
+            write(options.out, describe(), rows)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -118,18 +114,6 @@ def _row(one: Measured, running: list[Measured]) -> dict[str, str]:
         for quartile, value in zip(("q1", "median", "q3"), quantiles(values, n=4), strict=True):
             row[f"{name}_{quartile}"] = f"{value:.4g}"
     return {**row, "rounds": str(len(one.rounds))}
-
-
-def write(rows: list[dict[str, str]], path: Path | None) -> None:
-    """To the terminal, and to a CSV file with the machine in comment lines before it."""
-    for row in rows:
-        print("  ".join(f"{value:>16}" for value in row.values()), flush=True)
-    if path is not None:
-        with path.open("w", newline="") as file:
-            file.writelines(f"# {key}: {value}\n" for key, value in describe().items())
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ V placement); searches have the memory of the published one, 2p activations of w
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import random
 import resource
@@ -24,6 +23,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from benchmarks.pipelines.machine import describe
+from benchmarks.record import write
 from pipekern.plan.partition import partition
 from pipekern.schedule import Costs, build, search
 from pipekern.schedule.stream import NAMES, simulate_large
@@ -204,17 +204,6 @@ def show(rows: Sequence[Mapping[str, object]]) -> str:
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n" + "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def write(path: Path, machine: Mapping[str, str], rows: Sequence[Mapping[str, object]]) -> None:
-    """All rows, below the machine in comments."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

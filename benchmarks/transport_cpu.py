@@ -12,13 +12,10 @@ rounds; ratios are taken round by round.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
-import os
 import random
 import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +25,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.pipelines.machine import describe
+from benchmarks.record import write
+from benchmarks.two_ranks import start
 from pipekern.transport.base import Link
 from pipekern.transport.shm import ShmReceiver, ShmSender, ShmTransport
 
@@ -52,22 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="write a CSV file")
     options = parser.parse_args()
-    if "RANK" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            "-m",
-            "benchmarks.transport_cpu",
-        ]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise SystemExit(f"this benchmark needs a core for each of its two ranks; this process may use {len(cores)}")
-    os.sched_setaffinity(0, {cores[int(os.environ["RANK"])]})  # before a thread starts: all of them inherit it
-    torch.set_num_threads(1)
+    start("benchmarks.transport_cpu")
     rank_main(options.rounds, options.out)
 
 
@@ -213,16 +197,6 @@ def judge(times: Times) -> list[str]:
         meaning = f"{against} over {name}" if kind == "least" else f"{name} over {against}"
         lines.append(f"{size} bytes, {meaning}: {ratio:.4g}, at {kind} {bound:g}: {'yes' if reached else 'NO'}")
     return lines
-
-
-def write(path: Path, machine: Mapping[str, str], rows: Sequence[Row]) -> None:
-    """CSV, with the machine in comment lines before it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ nvbandwidth's device-to-device test times: ``cudaMemcpyAsync`` from one device t
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import secrets
 import sys
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.pipelines.machine import describe
+from benchmarks.record import write
 from pipekern.transport.cuda import CudaTransport
 from pipekern.transport.open import Opened
 from pipekern.transport.probe import BYTES, links_between, measure
@@ -128,11 +128,7 @@ def report(rows: list[dict[str, str]], out: Path | None) -> None:
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if out:
-        with out.open("w", newline="") as file:
-            file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write(out, machine, rows)
 
 
 if __name__ == "__main__":
