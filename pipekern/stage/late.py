@@ -24,9 +24,10 @@ _RANDOM = frozenset({
     "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "gumbel_softmax",
 })  # fmt: skip
 
-_IN_PLACE = frozenset(f"__i{name}__" for name in (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift",
-))  # fmt: skip
+_WRITES = frozenset({
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
+    "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+})  # fmt: skip
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -115,5 +116,5 @@ class Tracking(TorchFunctionMode):
 
 def _written(name: str, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that an operation writes into."""
-    in_place = name in ("__setitem__", *_IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
+    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
     return tensors((args[0] if in_place and args else None, kwargs.get("out")))

@@ -200,7 +200,7 @@ class _Turn(Tracking):
 
     def refuse_written(self) -> None:
         """Raise ``ConfigError`` where a buffer that the first stage has was written here."""
-        if self.begun and _versions(self._kept) != (self._versions or _versions(self._kept)):
+        if self.begun and _versions(self._kept) != self._versions:
             raise ConfigError(
                 "the model's own forward writes into a buffer of its own that the first stage has, after that stage; "
                 "write before the layers, or hold the buffer in a layer"
@@ -209,7 +209,7 @@ class _Turn(Tracking):
     def refuse_strange(self, output: Sequence[Tensor]) -> None:
         """As ``refuse_unknown``, also for what has no gradient: the model's own operations made all of an output."""
         self.refuse_unknown(output)
-        plain = {id(tensor) for tensor in (*tensors(self._given.batch), *(self._kept or ()))}
+        plain = {id(tensor) for tensor in (*tensors(self._given.batch), *self._kept)}
         for tensor in output if self._strict else ():
             if not is_late(tensor) and not is_known(tensor) and id(tensor) not in plain:
                 refuse_hidden(tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,61 +68,8 @@ class Skeleton:
         Parameters and persistent buffers that the model itself holds are those of the ``first`` unit's module, and late
         (``late.py``); where this is None they are ``absent``, as are all those of modules of other units.
         """
-        pairs: list[tuple[nn.Module, nn.Module]] = []
-        kept: list[Tensor] = []
-        stood: dict[int, Tensor] = {}  # a tied parameter has one stand-in
-
-        def stand_in(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else stood.setdefault(id(tensor), absent(tensor))
-
-        def own(tensor: Tensor | None, path: str) -> Tensor | None:
-            if tensor is None or first is None:
-                return stand_in(tensor)
-            parent, _, name = path.rpartition(".")
-            return mark(first.get_submodule(parent)._buffers[name])  # on the device of the unit
-
-        def hollow(module: nn.Module) -> nn.Module:
-            made = copy.copy(module)
-            made.__dict__.update(
-                _parameters={name: stand_in(p) for name, p in module._parameters.items()},
-                _buffers={name: stand_in(b) for name, b in module._buffers.items()},
-                _modules={name: None if m is None else hollow(m) for name, m in module._modules.items()},
-            )
-            return made
-
-        def visit(module: nn.Module, prefix: str) -> nn.Module:
-            if "forward" in module.__dict__:
-                raise ConfigError(
-                    f"the forward of {type(module).__name__} was replaced on the object, and every stage runs a copy "
-                    "of it; replace it in the class"
-                )
-            made = copy.copy(module)
-            pairs.append((module, made))
-            passing = module._non_persistent_buffers_set
-            buffers = {
-                name: own(b, prefix + name) if name not in passing else None if b is None else b.to(device, copy=True)
-                for name, b in module._buffers.items()
-            }
-            kept.extend(b for name, b in buffers.items() if b is not None and name not in passing)
-            children = {
-                name: None if child is None else inner(child, prefix + name) for name, child in module._modules.items()
-            }
-            made.__dict__.update(
-                {name: copy.copy(v) for name, v in vars(module).items() if type(v) in (list, dict, set)}
-            )
-            made.__dict__.update(_buffers=buffers, _modules=children)
-            if first is None:
-                made.__dict__["_parameters"] = {name: stand_in(p) for name, p in module._parameters.items()}
-            return made
-
-        def inner(child: nn.Module, path: str) -> nn.Module:
-            if path not in self.unit:
-                return visit(child, path + ".")
-            stub = _Stub(path, child, child if self.unit[path] in units else hollow(child), call)
-            pairs.append((child, stub))
-            return stub
-
-        return Twin(visit(self.root, ""), pairs, kept)
+        copies = _Copies(self.unit, units, call, absent, device, first)
+        return Twin(copies.visit(self.root, ""), copies.pairs, copies.kept)
 
 
 @dataclass(frozen=True)
@@ -147,13 +94,88 @@ class Twin:
         """Raise ``ConfigError`` where a forward has put another tensor in a kept buffer's place."""
         kept = {id(buffer) for buffer in self.kept}
         for _, made in self._pairs:
-            if isinstance(made, nn.Module) and type(made) is not _Stub:
+            if type(made) is not _Stub:
                 for name, buffer in made._buffers.items():
                     if buffer is not None and id(buffer) not in kept and name not in made._non_persistent_buffers_set:
                         raise ConfigError(
                             f"the forward of {type(made).__name__} assigns its buffer {name}, and no state has the new "
                             "one; write into it before the layers (copy_), or hold it in a layer"
                         )
+
+
+class _Copies:
+    """Copies modules for :meth:`Skeleton.twin`, which says what the arguments are."""
+
+    def __init__(
+        self,
+        unit: Mapping[str, int],
+        units: Collection[int],
+        call: Call,
+        absent: Callable[[Tensor], Tensor],
+        device: torch.device,
+        first: nn.Module | None,
+    ):
+        self._unit, self._units, self._call = unit, units, call
+        self._absent, self._device, self._first = absent, device, first
+        self._stood: dict[int, Tensor] = {}  # a tied parameter has one stand-in
+        self.pairs: list[tuple[nn.Module, nn.Module]] = []
+        self.kept: list[Tensor] = []
+
+    def visit(self, module: nn.Module, prefix: str) -> nn.Module:
+        """A copy of a module of the skeleton, whose paths begin with ``prefix``."""
+        if "forward" in module.__dict__:
+            raise ConfigError(
+                f"the forward of {type(module).__name__} was replaced on the object, and every stage runs a copy of "
+                "it; replace it in the class"
+            )
+        made = copy.copy(module)
+        self.pairs.append((module, made))
+        made.__dict__.update({name: copy.copy(v) for name, v in vars(module).items() if type(v) in (list, dict, set)})
+        made.__dict__.update(
+            _buffers={name: self._buffer(module, name, prefix + name) for name in module._buffers},
+            _modules={
+                name: None if child is None else self._child(child, prefix + name)
+                for name, child in module._modules.items()
+            },
+        )
+        if self._first is None:
+            made.__dict__["_parameters"] = {name: self._stand_in(p) for name, p in module._parameters.items()}
+        return made
+
+    def _child(self, child: nn.Module, path: str) -> nn.Module:
+        if path not in self._unit:
+            return self.visit(child, path + ".")
+        stub = _Stub(path, child, child if self._unit[path] in self._units else self._hollow(child), self._call)
+        self.pairs.append((child, stub))
+        return stub
+
+    def _buffer(self, module: nn.Module, name: str, path: str) -> Tensor | None:
+        buffer = module._buffers[name]
+        if buffer is None:
+            return None
+        if name in module._non_persistent_buffers_set:
+            return buffer.to(self._device, copy=True)
+        if self._first is None:
+            own = self._stand_in(buffer)
+        else:
+            parent, _, leaf = path.rpartition(".")
+            own = mark(self._first.get_submodule(parent)._buffers[leaf])  # on the device of the unit
+        assert own is not None
+        self.kept.append(own)
+        return own
+
+    def _hollow(self, module: nn.Module) -> nn.Module:
+        """A module of another stage: its class, attributes and names, without data."""
+        made = copy.copy(module)
+        made.__dict__.update(
+            _parameters={name: self._stand_in(p) for name, p in module._parameters.items()},
+            _buffers={name: self._stand_in(b) for name, b in module._buffers.items()},
+            _modules={name: None if m is None else self._hollow(m) for name, m in module._modules.items()},
+        )
+        return made
+
+    def _stand_in(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else self._stood.setdefault(id(tensor), self._absent(tensor))
 
 
 class _Stub(nn.Module):
