@@ -130,6 +130,27 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, scale.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
+def _check(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, reduction: str, denominator: Tensor | None,
+    main_grad: Tensor | None, grad_scale: Tensor | None,
+) -> None:  # fmt: skip
+    check_reduction(reduction, denominator)
+    if reduction == "none":
+        raise ConfigError('reduction="none" needs the gradient of every token first: use cross_entropy of the product')
+    vocabulary = () if bias is None else bias.shape
+    if x.shape[:-1] != target.shape or weight.shape[1:] != x.shape[-1:] or vocabulary not in ((), weight.shape[:1]):
+        raise ConfigError(
+            f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(vocabulary)} and target "
+            f"{tuple(target.shape)}; they must be [..., H], [V, H], [V] and [...]"
+        )
+    if main_grad is None and grad_scale is not None:
+        raise ConfigError("grad_scale is for main_grad, and there is none: leave it out")
+    if main_grad is not None and (main_grad.shape != weight.shape or main_grad.dtype != torch.float32):
+        raise ConfigError(
+            f"main_grad is {tuple(main_grad.shape)} of {main_grad.dtype}; it must be {tuple(weight.shape)} of float32"
+        )
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -165,21 +186,7 @@ def linear_cross_entropy(
     Raises:
         ConfigError: Shapes or options do not go together.
     """
-    check_reduction(reduction, denominator)
-    if reduction == "none":
-        raise ConfigError('reduction="none" needs the gradient of every token first: use cross_entropy of the product')
-    vocabulary = () if bias is None else bias.shape
-    if x.shape[:-1] != target.shape or weight.shape[1:] != x.shape[-1:] or vocabulary not in ((), weight.shape[:1]):
-        raise ConfigError(
-            f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(vocabulary)} and target "
-            f"{tuple(target.shape)}; they must be [..., H], [V, H], [V] and [...]"
-        )
-    if main_grad is None and grad_scale is not None:
-        raise ConfigError("grad_scale is for main_grad, and there is none: leave it out")
-    if main_grad is not None and (main_grad.shape != weight.shape or main_grad.dtype != torch.float32):
-        raise ConfigError(
-            f"main_grad is {tuple(main_grad.shape)} of {main_grad.dtype}; it must be {tuple(weight.shape)} of float32"
-        )
+    _check(x, weight, target, bias, reduction, denominator, main_grad, grad_scale)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
