@@ -2,71 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipekern.errors import ConfigError
 from pipekern.stage.chain import chains
 from pipekern.stage.replay import Shape
-from pipekern.stage.unit import Unit, cut
-
-CPU = torch.device("cpu")
-Part = Callable[[Any], Any]
-
-
-def parts(model: nn.Module, *counts: int, inputs: list[str] | None = None) -> Iterator[Part]:
-    """The model as functions of what crosses the cut before them, with so many units each."""
-    units, first = cut(model, 0, inputs)[1], 0
-    assert units[0].skeleton is not None, "the forward was traced"
-    assert len(units) == sum(counts), [unit.name for unit in units]
-    for count in counts:
-        yield part(units[first : first + count], first)
-        first += count
-
-
-def part(units: list[Unit], first: int) -> Part:
-    (run,) = chains(units, first, CPU, ([unit.train for unit in units], None))
-    return lambda value: run([0] * len(units), value)
-
-
-def run(model: nn.Module, value: Any, *counts: int) -> Any:
-    for each in parts(model, *counts):
-        value = each(value)
-    return value
-
-
-class Model(nn.Module):
-    """Embeds, runs layers with a mask made of the batch's own length and values, and reads out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 4)
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
-        self.head = nn.Linear(4, 11)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.embed(ids)
-        if bool((ids == 0).any()):  # looks at values
-            hidden = hidden * 0.5
-        mask = torch.ones(len(ids[0]), len(ids[0]), dtype=torch.bool, device=hidden.device).tril()
-        for layer in self.layers:
-            hidden = layer(hidden, mask=mask)
-        return self.head(hidden)
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        weight = mask.to(x.dtype)
-        return x + torch.tanh(self.mix((weight / weight.sum(1, keepdim=True)) @ x))
+from pipekern.stage.unit import cut
+from tests.stage.untraced import CPU, Around, Layer, Model, parts, run, through
 
 
 def test_golden() -> None:
@@ -99,30 +45,6 @@ def test_any_cut_is_the_same_to_the_bit_with_its_gradients(counts: tuple[int, ..
         assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
 
 
-class Around(Model):
-    """A forward given by ``body``, of (model, ids), that a trace refuses."""
-
-    table: Tensor
-
-    def __init__(self, body: Callable[[Around, Tensor], Any]) -> None:
-        super().__init__()
-        self.body = body
-        self.scale = nn.Parameter(torch.rand(4))
-        self.register_buffer("table", torch.rand(4))
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, ids: Tensor) -> Any:
-        assert len(ids) > 0  # no trace follows that
-        return self.body(self, ids)
-
-
-def _through(model: Around, hidden: Tensor) -> Tensor:
-    mask = torch.ones(hidden.shape[1], hidden.shape[1]).tril()
-    for layer in model.layers:
-        hidden = layer(hidden, mask=mask)
-    return hidden
-
-
 def _own_parameter(model: Around, ids: Tensor) -> Any:
     """A value of the model's own parameter and buffer goes into every layer, as a mask."""
     bias = (model.scale + model.table).mean() + torch.ones(ids.shape[1], ids.shape[1])
@@ -132,7 +54,7 @@ def _own_parameter(model: Around, ids: Tensor) -> Any:
     return {"logits": model.head(hidden)}
 
 
-@pytest.mark.parametrize("body", [_own_parameter, lambda model, ids: model.head(_through(model, model.embed(ids)))])
+@pytest.mark.parametrize("body", [_own_parameter, lambda model, ids: model.head(through(model, model.embed(ids)))])
 @pytest.mark.parametrize("counts", [(5,), (1, 4), (2, 2, 1), (1, 1, 1, 1, 1)])
 def test_what_a_forward_does_around_its_layers(body: Callable[[Around, Tensor], Any], counts: tuple[int, ...]) -> None:
     model, ids = Around(body).double(), torch.randint(11, (2, 3))
@@ -146,112 +68,6 @@ def test_names_and_units() -> None:
     assert [unit.name for unit in units] == ["before", "layers.0", "layers.1", "layers.2", "after"]
     assert {name for unit in units for name in unit.state()} == set(model.state_dict())
     assert {name for name, _ in units[0].named_parameters()} == {"embed.weight", "scale"}
-
-
-def _writes(model: Around, ids: Tensor) -> Any:
-    into = torch.zeros(ids.shape[1], ids.shape[1], dtype=torch.float64)
-    hidden = model.embed(ids)
-    into[0, 0] = hidden.mean()
-    for layer in model.layers:
-        hidden = layer(hidden, mask=into + 1)
-    return model.head(hidden)
-
-
-def _skips(model: Around, ids: Tensor) -> Any:
-    first = model.embed(ids)
-    return model.head(_through(model, first)) + first.mean()
-
-
-def _regularised(model: Around, ids: Tensor) -> Any:
-    return model.head(_through(model, model.embed(ids))) + sum(p.square().sum() for p in model.parameters())
-
-
-def _tied_by_hand(model: Around, ids: Tensor) -> Any:
-    return _through(model, model.embed(ids)) @ model.embed.weight.T + model.head.bias
-
-
-def _writes_out(model: Around, ids: Tensor) -> Any:
-    into = torch.zeros(*ids.shape, 4, dtype=torch.float64)
-    hidden = model.embed(ids)
-    torch.mul(hidden.detach(), 2, out=into)
-    return model.head(_through(model, hidden) + into)
-
-
-def _writes_batch(model: Around, ids: Tensor) -> Any:
-    ids.clamp_(min=1)
-    return model.head(_through(model, model.embed(ids)))
-
-
-def _writes_buffer(model: Around, ids: Tensor) -> Any:
-    output = model.head(_through(model, model.embed(ids)))
-    model.table[0] += 1
-    return output
-
-
-def _assigns_buffer(model: Around, ids: Tensor) -> Any:
-    model.table = model.table + 1
-    return model.head(_through(model, model.embed(ids)))
-
-
-def _draws_python(model: Around, ids: Tensor) -> Any:
-    scale = 1 + random.random()
-    return model.head(_through(model, model.embed(ids) * scale)) / scale
-
-
-def _takes_from_hook(model: Around, ids: Tensor) -> Any:
-    """As transformers takes attentions and router logits: of the layers of this stage, there would be some."""
-    seen: list[Tensor] = []
-    hooks = [_mix(layer).register_forward_hook(lambda *call: seen.append(call[2])) for layer in model.layers]
-    try:
-        output = model.head(_through(model, model.embed(ids)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {"logits": output, "seen": tuple(seen)}
-
-
-def _mix(layer: nn.Module) -> nn.Module:
-    assert isinstance(layer, Layer)
-    return layer.mix
-
-
-def _draws(model: Around, ids: Tensor) -> Any:
-    model.embed(ids)
-    return model.head(_through(model, model.embed(ids) + torch.rand(())))
-
-
-def _looks(model: Around, ids: Tensor) -> Any:
-    hidden = model.embed(ids)
-    return model.head(_through(model, -hidden if bool(hidden.mean() > 0) else hidden))
-
-
-def _ends_early(model: Around, ids: Tensor) -> Any:
-    return _through(model, model.embed(ids))
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        (_writes, "writes a value of a layer into a tensor by __setitem__"),
-        (_skips, "holds a value that an earlier stage made"),
-        (_draws, r"draws random numbers \(rand\)"),
-        (_looks, "looks into a value of an earlier stage"),
-        (_ends_early, "ended without a call of after"),
-        (_regularised, "holds a value that an earlier stage made"),
-        (_tied_by_hand, "takes a value of shape|holds a value"),
-        (_writes_out, "writes a value of a layer into a tensor by mul"),
-        (_writes_batch, "writes into its batch in place"),
-        (_writes_buffer, "writes into a buffer of its own"),
-        (_assigns_buffer, "assigns its buffer table"),
-        (_draws_python, "random numbers of Python"),
-        (_takes_from_hook, "left a layer by another way"),
-    ],
-)
-def test_what_no_cut_can_follow_is_refused(body: Callable[[Around, Tensor], Any], said: str) -> None:
-    model, ids = Around(body).double(), torch.randint(11, (2, 3))
-    counts = (4, 1) if body is _ends_early else (2, 3) if body is _skips else (1, 4)
-    with pytest.raises(ConfigError, match=said):
-        run(model, ids, *counts)
 
 
 def _asks(model: Around, ids: Tensor) -> Any:
@@ -309,7 +125,7 @@ def test_a_batch_is_a_fresh_one_on_every_stage() -> None:
     class Counts(Around):
         def forward(self, batch: dict[str, Any]) -> Any:  # type: ignore[override]
             batch["times"] = batch["times"] + 1
-            return self.head(_through(self, self.embed(batch["ids"]))) * batch["times"]
+            return self.head(through(self, self.embed(batch["ids"]))) * batch["times"]
 
     model, ids = Counts(_rows).double(), torch.randint(11, (2, 3))
     got = run(model, {"ids": ids, "times": 1}, 1, 2, 2)
@@ -325,7 +141,7 @@ def test_training_and_evaluation_share_what_a_forward_counts() -> None:
         def forward(self, ids: Tensor) -> Any:
             self.calls += 1
             assert len(ids) > 0
-            return self.head(_through(self, self.embed(ids))) * self.calls
+            return self.head(through(self, self.embed(ids))) * self.calls
 
     model, ids = Counts().double(), torch.randint(11, (2, 3))
     units = cut(model, 0)[1]
