@@ -79,7 +79,7 @@ class Assembly:
         self.train = Executor(self._runners, blueprint.train, rank, _TRAIN, self.outgoing, self._publish)
         self.evaluate = Executor(self._runners, blueprint.evaluate, rank, _EVALUATE, self.outgoing, self._publish)
         layers = [m for units in blueprint.stages for unit in units for m in unit.evaluate.modules()]
-        self.generator = Generator(self._runners, schedule, rank, self.star, self.outgoing, layers)
+        self.generator = Generator(self._runners, schedule, rank, self.star, self.outgoing, layers, blueprint.root)
         self._verdict: Verdict | None = None
 
     def _runner(self, stage: Stage) -> Runner:

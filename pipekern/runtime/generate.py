@@ -88,7 +88,8 @@ def _digest(groups: Sequence[Group], sampling: Sampling) -> int:
 
 
 class Generator:
-    """Runs the stages of this process for :meth:`Pipeline.generate`. ``layers`` are the whole model's modules.
+    """Runs the stages of this process for :meth:`Pipeline.generate`. ``layers`` are the modules of all units of
+    the model ``root``.
 
     ``caching``: a layer of the model takes a cache. Then a forward gets the tokens that are new to it alone, else all.
     """
@@ -101,8 +102,12 @@ class Generator:
         star: Star,
         outgoing: Outgoing,
         layers: Iterable[nn.Module],
+        root: nn.Module,
     ):
+        layers = list(layers)
         self.caching = any(takes_cache(layer) for layer in layers)
+        held = set(map(id, layers))
+        self._outside = next((m for m in root.modules() if id(m) not in held and takes_cache(m)), None)
         self._runners, self._schedule, self._rank = runners, schedule, rank
         self._star, self._outgoing = star, outgoing
         here = [
@@ -117,6 +122,11 @@ class Generator:
         ``step`` is that of training, which messages carry. Ranks that were given something else raise
         ``MessageMismatch``.
         """
+        if self._outside is not None:
+            raise ConfigError(
+                f"the forward of {type(self._outside).__name__} takes a cache, and no rank runs it whole, so it would "
+                "get none; move what looks at positions into a module of its own that takes one"
+            )
         batch = Forwards(None, None, [], 0 if self._star.alone else _digest(groups, sampling), step)
         self._groups, self._sampling, self._batch = groups, sampling, batch
         rounds = groups[0].capacity - groups[0].given

@@ -222,6 +222,22 @@ def test_refused(ids: Any, options: dict[str, Any], parts: list[str]) -> None:
         assert pipe.generate(torch.tensor([[1]]), 1).tolist() == [[1, 2]]
 
 
+class Positioned(text.Deep):
+    """Its own forward, which no rank runs whole, wants to know the position."""
+
+    def forward(self, tokens: Tensor, cache: pk.Cache | None = None) -> Tensor:
+        start = 0 if cache is None else cache.length
+        return super().forward(tokens) + start
+
+
+def test_a_cache_that_no_rank_could_give_is_refused() -> None:
+    with (
+        _pipe(Positioned(), 2) as pipe,
+        pytest.raises(pk.ConfigError, match="forward of Positioned takes a cache"),
+    ):
+        pipe.generate(torch.tensor([[1, 2]]), 3)
+
+
 def test_a_model_of_no_language() -> None:
     told = r"made \(1, 8\) of tokens \(1, 2\).*\(prompts, length, vocabulary\)"
     with (
