@@ -15,10 +15,12 @@ from pipekern._version import __version__
 from pipekern.errors import ConfigError
 from pipekern.plan.choose import choose
 from pipekern.plan.partition import partition
+from pipekern.optim.store import PRECISIONS, Dtypes, Layout, lay_out, low_precision
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.recomputation import recomputation
 from pipekern.runtime.skips import Hop, hops, sent_directly
+from pipekern.schedule.collectives import Collectives, last_weights
 from pipekern.schedule.comms import Edge, Program
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.estimate import estimate, estimate_waiting
@@ -31,7 +33,8 @@ class Blueprint:
     """``stages[s]`` are the units of stage s, ``first_unit[s]`` the index of its first.
 
     ``recompute[s]`` says what of each of them is made again. ``parameters`` gives every name its place in the model's
-    order; names of one tied weight share theirs.
+    order; names of one tied weight share theirs. ``layouts[s]`` are the names of the trained parameters of stage s that
+    lie together where a ``Store`` has them, and ``dtypes`` what stages compute with, by a parameter's id.
     """
 
     root: nn.Module
@@ -45,6 +48,8 @@ class Blueprint:
     parameters: dict[str, int]
     state: list[str]
     skips: tuple[Hop, ...]
+    layouts: dict[int, Layout]
+    dtypes: dict[int, torch.dtype]
 
     @property
     def direct(self) -> dict[Edge, list[str]]:
@@ -73,14 +78,18 @@ class Blueprint:
             "split": [len(units) for units in self.stages],
             "recompute": self.recompute,
             "skips": list(map(str, self.skips)),
+            "buckets": [self.layouts.get(stage) for stage in range(self.schedule.stages)],
             "parameters": [f"{name} {list(p.shape)}" for name, p in parameters],
             "dtype": ", ".join(sorted({str(p.dtype) for _, p in parameters})),
             "version of pipekern": __version__,
         }
 
 
-def draw(options: Options, ranks: int) -> Blueprint:
-    """Check every option and cut the model. Raises ``ConfigError`` or ``ScheduleError`` before anything starts."""
+def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25, together: bool = True) -> Blueprint:
+    """Check every option and cut the model. Raises ``ConfigError`` or ``ScheduleError`` before anything starts.
+
+    ``bucket``: the most bytes that go between ``replicas`` at once. ``together``: one process has all ranks.
+    """
     root, units = cut(options.module, options.seed, options.inputs)
     _check_microbatches(options.microbatches)
     if options.schedule == "auto":
@@ -95,7 +104,15 @@ def draw(options: Options, ranks: int) -> Blueprint:
     direct = sent_directly(skips)
     place: dict[int, int] = {}
     parameters = {name: place.setdefault(id(p), len(place)) for unit in units for name, p in unit.named_parameters()}
-    program = order.program(direct)
+    dtypes: dict[int, torch.dtype] = {}
+    layouts: dict[int, Layout] = {}
+    if options.precision is not None:
+        modules = [module for unit in units for module in unit.train.modules()]
+        dtypes = low_precision(modules, PRECISIONS[options.precision])
+    if dtypes or replicas > 1:
+        layouts = _layouts(order, stages, dtypes, bucket, together)
+    counts_of = {stage: len(layout) for stage, layout in layouts.items()} if replicas > 1 else {}
+    program = order.program(direct, Collectives(counts_of if options.zero else {}, counts_of))
     state = list(root.state_dict()) or [unit.prefix + n for unit in units for n in unit.train.state_dict()]
     return Blueprint(
         root,
@@ -109,7 +126,27 @@ def draw(options: Options, ranks: int) -> Blueprint:
         parameters,
         state,
         skips,
+        layouts,
+        dtypes,
     )
+
+
+def _layouts(
+    order: Schedule, stages: Sequence[Sequence[Unit]], dtypes: Dtypes, bucket: int, together: bool
+) -> dict[int, Layout]:
+    """The layout of every stage. What several stages have lies where its rank's last weight work is."""
+    named = {stage: [pair for unit in units for pair in unit.named_parameters()] for stage, units in enumerate(stages)}
+    holders: dict[int, set[int]] = {}
+    for stage, pairs in named.items():
+        for _, p in pairs:
+            holders.setdefault(id(p), set()).add(stage)
+    layouts: dict[int, Layout] = {}
+    shared = {key: found for key, found in holders.items() if len(found) > 1}
+    for here in [range(order.stages)] if together else [order.stages_of(rank) for rank in range(order.ranks)]:
+        ends = [stage for row in order.actions for stage in last_weights(row) if stage in here]
+        home = {key: max(found & set(here), key=ends.index) for key, found in shared.items() if found & set(here)}
+        layouts |= lay_out({stage: named[stage] for stage in here}, home, dtypes, bucket)
+    return layouts
 
 
 def _check_microbatches(microbatches: object) -> None:

@@ -21,7 +21,7 @@ def gathered(parts: Assembly, executor: Executor) -> Timeline:
     rows = parts.star.gather(own)
     times, peaks = [clock.tolist() for clock, _ in rows], [peak for _, held in rows for peak in held]
     program = executor.program
-    placed = [executor.placed] if parts.star.alone else [place(program, rank) for rank in range(len(times))]
+    placed = [executor.placed] if parts.star.rank is None else [place(program, rank) for rank in range(len(times))]
     return measured(program, placed, times, peaks)
 
 

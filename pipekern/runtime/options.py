@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
+from pipekern.optim.scale import LossScale
+from pipekern.optim.store import PRECISIONS
+from pipekern.parallel.mesh import Mesh
 from pipekern.plan.codec import CODECS
 from pipekern.runtime.profile import LayerCosts
 from pipekern.schedule.ir import Schedule
@@ -43,13 +46,19 @@ class Options:
     memory: float | Sequence[float] | None = None
     fuse_loss: bool | None = None
     codec: str = "none"
+    mesh: Mesh = None
+    precision: str | None = None
+    zero: int = 0
+    loss_scale: LossScale | None = None
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
         check_name(self.transport)
-        for name, choices in (("recompute", (*CHOICES, "auto")), ("on_nonfinite", POLICIES), ("codec", CODECS)):
+        for name, choices in (("recompute", (*CHOICES, "auto")), ("on_nonfinite", POLICIES), ("codec", CODECS), ("zero", range(4)), ("precision", (None, *PRECISIONS))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
+        if self.loss_scale is not None and self.precision != "fp16":
+            raise ConfigError(f"loss_scale with precision={self.precision!r}: it is for precision='fp16'; leave it out")
         if not self.timeout > 0:
             raise ConfigError(f"timeout={self.timeout!r}; give the seconds that a silent rank is waited for, above 0")
         if self.memory is not None and self.recompute != "auto":

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipekern.errors import TransportError
-from pipekern.optim import clip
+from pipekern.errors import ConfigError, TransportError
+from pipekern.optim import AdamW, clip
+from pipekern.optim.scale import LossScale
+from pipekern.parallel.mesh import Mesh
 from pipekern.runtime import microbatch
 from pipekern.runtime.batch import Batch, divide
 from pipekern.runtime.deltas import Deltas
@@ -29,6 +31,9 @@ from pipekern.schedule.ir import Schedule
 from pipekern.stage.random import preserved, step_key
 from pipekern.stage.spec import LayerSpec
 from pipekern.trace.timeline import Timeline
+
+
+WHOLE = (torch.optim.Adafactor, torch.optim.LBFGS, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
 
 
 class Pipeline:
@@ -89,15 +94,20 @@ class Pipeline:
         memory: float | Sequence[float] | None = None,
         fuse_loss: bool | None = None,
         codec: str = "none",
+        mesh: Mesh = None,
+        precision: str | None = None,
+        zero: int = 0,
+        loss_scale: LossScale | None = None,
     ):
         self._parts = start(
             Options(
                 module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
-                transport, timeout, inputs, memory, fuse_loss, codec,
+                transport, timeout, inputs, memory, fuse_loss, codec, mesh, precision, zero, loss_scale,
             )
         )  # fmt: skip
         self.loss_path = self._parts.loss_path
-        self._guard = Guard(self._parts, on_nonfinite)
+        self.loss_scale = (loss_scale or LossScale()) if precision == "fp16" else None
+        self._guard = Guard(self._parts, on_nonfinite, self.loss_scale)
         self._seed = seed
         self._step = 0
         self._closed = ""
@@ -105,7 +115,7 @@ class Pipeline:
         self._loss_is_pair: bool | None = None  # known after the first step
         self._finalizer = weakref.finalize(self, self._parts.transport.close)
         with self._running():
-            self._parts.ties.equalise()
+            self._parts.settle()
 
     # -- steps
 
@@ -118,18 +128,25 @@ class Pipeline:
         parts = self._parts
         with self._running():
             batch = self._batch(x, y, training=True)
-            whole = self._loss_is_pair is not False or self._guard.drops
+            whole = self._loss_is_pair is not False or self._guard.drops or parts.store is not None
+            if parts.store is not None:
+                parts.store.part()
             deltas = Deltas(self._parameters() if whole else parts.ties.parameters)
+            if parts.store is not None:
+                parts.store.begin()
             with preserved(parts.devices):
                 self._run(parts.train, batch)
-            verdict = parts.verdict(batch)
+            verdict, loss = parts.verdict(batch), parts.loss
+            if parts.store is not None:
+                parts.store.finish()
             parts.ties.reduce(batch.tag)
-            if verdict.divisor is not None:
-                deltas.divide(verdict.divisor)
+            deltas.divide(loss.scale * (1.0 if verdict.divisor is None else verdict.divisor))
             parts.refuse_held()
             assert verdict.loss is not None
-            trouble = self._guard.trouble(batch, verdict.loss)
-            if trouble and self._guard.drops:
+            overflow, trouble = self._guard.judge(batch, verdict.loss)
+            if overflow:
+                deltas.clear()
+            elif trouble and self._guard.drops:
                 deltas.drop()
             else:
                 deltas.merge()
@@ -146,7 +163,7 @@ class Pipeline:
         elsewhere.
         """
         parts = self._parts
-        with self._running(), torch.no_grad(), parts.evaluating(), preserved(parts.devices):
+        with self._running(), torch.no_grad(), parts.evaluating(), preserved(parts.devices), parts.ready():
             batch = self._batch(x, y, training=False)
             self._run(parts.evaluate, batch)
             loss = parts.verdict(batch).loss
@@ -179,7 +196,8 @@ class Pipeline:
         training owns changes. Raises ``ConfigError``, and ``NumericsError`` for logits that are not finite.
         """
         parts = self._parts
-        with self._running(parts.generator.where), torch.no_grad(), parts.evaluating(), preserved(parts.devices):
+        modes = parts.evaluating(), preserved(parts.devices), parts.ready()
+        with self._running(parts.generator.where), torch.no_grad(), modes[0], modes[1], modes[2]:
             sampling = Sampling(temperature, top_k, top_p, seed)
             groups = prepare(ids, max_new_tokens, sampling, eos_token_id, parts.blueprint.schedule.ranks)
             parts.generator.run(groups, sampling, self._step)
@@ -191,7 +209,8 @@ class Pipeline:
         parts = self._parts
         batch = divide(x, y, parts.blueprint.schedule, parts.stages, training, not parts.star.alone)
         batch.step, batch.step_key = self._step, step_key(self._seed, self._step)
-        parts.loss.start(batch.targets or [], batch.sizes)
+        scale = self.loss_scale.value if training and self.loss_scale is not None else 1.0
+        parts.loss.start(batch.targets or [], batch.sizes, scale, parts.over_replicas)
         return batch
 
     def _run(self, executor: Executor, batch: Batch) -> None:
@@ -237,8 +256,31 @@ class Pipeline:
         yield from self._parts.parameters.items()
 
     def optimizer(self, cls: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
-        """``cls`` over this process's parameters, also where its stages have none. ``options`` are those of ``cls``."""
-        return cls([{"params": self._parameters()}], **options)
+        """``cls`` over this process's parameters, also where its stages have none. ``options`` are those of ``cls``.
+
+        A ``pk.optim.AdamW`` clips by one norm over all ranks, so that its steps are collective. Raises ``ConfigError``
+        where parameters are in shards, which ``cls`` must not be able to tell from whole ones.
+        """
+        parts = self._parts
+        if parts.zero and issubclass(cls, WHOLE):
+            raise ConfigError(f"zero={parts.zero} and {cls.__name__}, which looks at whole matrices; use zero=0")
+        optimizer = cls([{"params": self._parameters()}], **options)
+        if isinstance(optimizer, AdamW):
+            optimizer.bind(self._share_norm, parts.store.copies() if parts.store is not None else {})
+        if isinstance(optimizer, AdamW) and parts.store is not None:
+            store = parts.store
+            optimizer.register_step_post_hook(lambda *_: store.mark())
+        return optimizer
+
+    def _share_norm(self, stats: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """The rows of all ranks' parameters, each once, in the model's order."""
+        places = {id(p): self._parts.blueprint.parameters[name] for name, p in self._parts.counted().items()}
+        rows = [(places[id(p)], i) for i, p in enumerate(parameters) if id(p) in places]
+        own = torch.tensor([place for place, _ in rows], dtype=torch.int64), stats[[i for _, i in rows]]
+        with self._running():
+            found = self._parts.of_parameters(own)
+        order = torch.cat([place for place, _ in found]).argsort(stable=True)
+        return torch.cat([values.to(stats.device) for _, values in found])[order.to(stats.device)]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This process's parameters and buffers under their names in the original module; over all ranks, every
@@ -264,7 +306,7 @@ class Pipeline:
         place = self._parts.blueprint.parameters
         with self._running():
             own = {place[name]: p for name, p in self._parts.counted().items()}
-            rows = self._parts.star.gather(clip.partials(own, norm_type))
+            rows = self._parts.of_parameters(clip.partials(own, norm_type))
             total, bad = clip.total_norm(rows, norm_type)
         if bad >= 0:
             name = next(name for name, index in place.items() if index == bad)

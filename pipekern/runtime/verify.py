@@ -122,7 +122,7 @@ def _reference_step(pipe: Pipeline, model: nn.Module, x: Any, y: Any) -> float:
     blueprint, device = pipe._parts.blueprint, pipe._parts.devices[-1]
     m = blueprint.schedule.microbatches
     units = [unit for stage in blueprint.stages for unit in stage]
-    keys = unit_keys(pipe._seed, m, range(len(units)))
+    keys = unit_keys(pipe._seed, range(m), range(len(units)))
     reseed = _Reseed(model, units, device)
     loss = Loss(pipe._parts.loss.loss_fn)
     xs, ys = microbatch.split(x, m, "x"), microbatch.split(y, m, "y")

@@ -35,7 +35,7 @@ class Stage:
     unit i (see ``random.py``). Values between stages are those of ``transport/message.py``.
     With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off. ``recompute[i]``
     says what of unit i is made again in the backward, see ``recompute.py``; by default nothing. A ``head`` is left to
-    the loss, which is given its input.
+    the loss, which is given its input. ``dtype`` is what the model's first stage makes of a batch's floats.
     """
 
     def __init__(
@@ -49,10 +49,12 @@ class Stage:
         defers: bool = False,
         recompute: Sequence[str] = (),
         head: Head | None = None,
+        dtype: torch.dtype | None = None,
     ):
         self.index = index
         self._root = root
         self.head = head
+        self._dtype = dtype if index == 0 else None
         self.units = list(units)
         self.device = device
         again = recompute or ["none"] * len(units)
@@ -93,6 +95,7 @@ class Stage:
         scalar that the backward starts from.
         """
         leaves = [t for t in _gradient_leaves(value) if t.is_leaf]  # a batch may have a graph of its own before it
+        value = self._cast(value)
         if self._copies_input:  # a batch too: micro-batches are views of it, and autograd takes all for written
             value = map_tensors(torch.clone, value)
         try:
@@ -117,9 +120,15 @@ class Stage:
 
     def evaluate(self, value: Any, loss: Callable[[Any], torch.Tensor] | None = None) -> Any:
         """Run the units without random numbers or gradients, and ``loss``; the caller holds ``torch.no_grad()``."""
+        value = self._cast(value)
         if loss is None:
             return self._evaluate(self._keys[0], value)
         return loss(self._evaluate_to_loss(self._keys[0], value))
+
+    def _cast(self, value: Any) -> Any:
+        if self._dtype is None:
+            return value
+        return map_tensors(lambda t: t.to(self._dtype) if t.is_floating_point() else t, value)
 
     def backward(self, microbatch: int, gradients: Any) -> Any:
         """Gradients of the forward's leaves, from those of its outputs; both one tensor, or a list, None where there is

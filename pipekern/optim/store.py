@@ -1,0 +1,173 @@
+"""The parameters of a process as its optimizer sees them, where that is not how its stages see them: masters of low
+precision, shards, and gradients summed over replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from pipekern.errors import ConfigError
+from pipekern.optim.bucket import Bucket, Piece, divide
+from pipekern.parallel.replicas import Pending, Replicas
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+Named = Sequence[tuple[str, nn.Parameter]]
+Layout = list[list[str]]  # names by bucket
+Dtypes = Mapping[int, torch.dtype]  # that a stage computes with, by a parameter's id, where it is not the parameter's
+
+
+def low_precision(modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[int, torch.dtype]:
+    """``dtype`` for every parameter of ``modules`` but those of layers with running statistics, which stay as they are
+    and take inputs of it. Raises ``ConfigError`` for float64.
+    """
+    found: dict[int, torch.dtype] = {}
+    kept: set[int] = set()
+    for module in modules:
+        for name, p in module.named_parameters(recurse=False):
+            if p.dtype is torch.float64:
+                raise ConfigError(
+                    f"precision={dtype}: a {type(module).__name__} has a float64 parameter ({name}); call .float() on "
+                    "the model, or leave precision out"
+                )
+            if isinstance(module, _NormBase):
+                kept.add(id(p))
+            elif p.is_floating_point():
+                found[id(p)] = dtype
+    return {key: value for key, value in found.items() if key not in kept}
+
+
+def lay_out(stages: Mapping[int, Named], home: Mapping[int, int], dtypes: Dtypes, limit: int) -> dict[int, Layout]:
+    """Which trained parameters of each stage lie together, by name. Those of several stages are in ``home[id]`` of them
+    and lie alone. ``limit`` in bytes.
+    """
+    layouts: dict[int, Layout] = {}
+    for stage, named in stages.items():
+        kinds: dict[object, dict[int, tuple[str, int]]] = {}
+        for name, p in named:
+            if p.requires_grad and p.numel() and home.get(id(p), stage) == stage:
+                kind = (dtypes.get(id(p)), p.dtype, getattr(p, "grad_dtype", None), id(p) if id(p) in home else 0)
+                kinds.setdefault(kind, {}).setdefault(id(p), (name, p.nbytes))
+        layouts[stage] = [run for kind in kinds.values() for run in divide(list(kind.values()), limit)]
+    return layouts
+
+
+class Store:
+    """``stages[s]`` are the parameters of this process's stage s by name, which lie as ``layouts[s]`` says.
+
+    A parameter that several stages have is a view of the same memory in all of them.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, Named],
+        layouts: Mapping[int, Layout],
+        dtypes: Dtypes,
+        replicas: Replicas | None,
+        zero: int,
+    ):
+        self.replicas, self.zero = replicas, zero
+        self._known = {name: p for named in stages.values() for name, p in named}
+        self.buckets: dict[int, list[Bucket]] = {stage: [] for stage in stages}
+        for stage in stages:
+            for names in layouts[stage]:
+                named = [(name, self._known[name]) for name in names]
+                self.buckets[stage].append(Bucket(named, dtypes.get(id(named[0][1])), replicas, zero))
+        moved = {id(p) for bucket in self for p in bucket.parameters}
+        for p in self._known.values():
+            if id(p) not in moved and id(p) in dtypes:
+                p.data = p.data.to(dtypes[id(p)])  # frozen: nobody needs more of it
+        self._own = {id(piece.of): piece for bucket in self for piece in bucket.pieces}
+        own = {name: self._own[id(p)].parameter for name, p in self._known.items() if id(p) in self._own}
+        self.parameters = {n: own.get(n, p) for n, p in self._known.items() if n in own or id(p) not in moved}
+        self._gathers: list[Pending] = []
+        self.spans: list[tuple[str, int, int, Pending]] = []
+
+    def __iter__(self) -> Iterator[Bucket]:
+        for buckets in self.buckets.values():
+            yield from buckets
+
+    # -- a step
+
+    def part(self) -> None:
+        """Before a step, and before gradients of earlier ones are set aside: see :meth:`Bucket.part`."""
+        for bucket in self:
+            bucket.part()
+
+    def begin(self) -> None:
+        """Start a step: every gradient a zero."""
+        self.spans.clear()
+        for bucket in self:
+            bucket.begin()
+            if not self.zero:
+                bucket.gather()
+
+    def gather(self, stage: int, index: int) -> None:
+        """GATHER: begin to make the values of a bucket."""
+        pending = self.buckets[stage][index].gather()
+        if pending is not None:
+            self._gathers.append(pending)
+            self._begun("GATHER", stage, index, pending)
+
+    def _begun(self, op: str, stage: int, index: int, pending: Pending) -> None:
+        for *_, earlier in self.spans:
+            earlier.done()
+        self.spans.append((op, stage, index, pending))
+
+    def join(self) -> None:
+        """JOIN: wait for the gathers so far."""
+        for pending in self._gathers:
+            pending.wait()
+        self._gathers.clear()
+
+    def reduce(self, stage: int, index: int) -> None:
+        """REDUCE: begin the sum of a bucket's gradients over the replicas; its values are not needed any more."""
+        bucket = self.buckets[stage][index]
+        pending = bucket.reduce()
+        bucket.release()
+        if pending is not None:
+            self._begun("REDUCE", stage, index, pending)
+
+    def finish(self) -> None:
+        """End a step: ``.grad`` of :attr:`parameters` is the sum."""
+        for bucket in self:
+            bucket.finish()
+
+    def mark(self) -> None:
+        """After a step of an optimizer that writes low precision and zeroes gradients: see :meth:`Bucket.mark`."""
+        for bucket in self:
+            bucket.mark()
+
+    def copies(self) -> dict[nn.Parameter, Tensor]:
+        """The low-precision part of each parameter that has one here."""
+        return {p: values for bucket in self for p, values in bucket.copies().items()}
+
+    def clear(self) -> None:
+        """Forget a step that failed."""
+        self._gathers.clear()
+        for bucket in self:
+            bucket.clear()
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """In here all values are there, made of what the optimizer's parameters are now. Collective."""
+        for stage, buckets in self.buckets.items():
+            for index in range(len(buckets)):
+                self.gather(stage, index)
+        self.join()
+        try:
+            yield
+        finally:
+            for bucket in self:
+                bucket.release()
+
+    # -- whole parameters
+
+    def piece(self, name: str) -> Piece | None:
+        """What this process's optimizer has of the parameter ``name``, None where it has nothing."""
+        return self._own.get(id(self._known[name]))
