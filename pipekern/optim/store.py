@@ -168,6 +168,25 @@ class Store:
 
     # -- whole parameters
 
-    def piece(self, name: str) -> Piece | None:
-        """What this process's optimizer has of the parameter ``name``, None where it has nothing."""
-        return self._own.get(id(self._known[name]))
+    def whole(self, of: Callable[[Piece], Tensor | None]) -> dict[str, Tensor]:
+        """What ``of`` gives for each piece, put together over the replicas: by name in the model, a tensor of the
+        parameter's shape for those of which it gives one. Every replica must give alike; collective with shards.
+        """
+        found: dict[int, Tensor] = {}
+        for bucket in self:
+            parts = [of(piece) for piece in bucket.pieces]
+            if not self.zero:
+                found |= {id(piece.of): part for piece, part in zip(bucket.pieces, parts, strict=True) if part is not None}
+                continue
+            there = {piece.name for piece, part in zip(bucket.pieces, parts, strict=True) if part is not None}
+            for name, value in bucket.whole(parts).items():
+                found[id(self._known[name])] = value
+        return {name: found[id(p)] for name, p in self._known.items() if id(p) in found}
+
+    @torch.no_grad()
+    def put(self, name: str, value: Tensor, target: Callable[[Piece], Tensor]) -> None:
+        """Copy of a whole ``value`` of the parameter ``name`` what its piece here covers into that piece's ``target``."""
+        piece = self._own.get(id(self._known[name]))
+        if piece is not None:
+            own = value.reshape(-1)[piece.start : piece.start + piece.parameter.numel()]
+            target(piece).copy_(own.view(piece.parameter.shape))
