@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipekern.errors import TransportError
+from pipekern.errors import CheckpointError, TransportError
 from pipekern.optim import clip
-from pipekern.runtime import microbatch
+from pipekern.runtime import microbatch, saving
 from pipekern.runtime.batch import Batch, divide
 from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor
@@ -103,6 +104,7 @@ class Pipeline:
         self._closed = ""
         self._executor: Executor = self._parts.train
         self._loss_is_pair: bool | None = None  # known after the first step
+        self._optimizer: torch.optim.Optimizer | None = None
         self._finalizer = weakref.finalize(self, self._parts.transport.close)
         with self._running():
             self._parts.ties.equalise()
@@ -204,6 +206,8 @@ class Pipeline:
             raise TransportError(f"this pipeline is closed: {self._closed}; make a new one")
         try:
             yield
+        except CheckpointError:
+            raise  # on all ranks alike, and nothing has changed
         except BaseException as error:
             self._fail(error, (where or self._executor.where)())
             raise
@@ -237,8 +241,12 @@ class Pipeline:
         yield from self._parts.parameters.items()
 
     def optimizer(self, cls: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
-        """``cls`` over this process's parameters, also where its stages have none. ``options`` are those of ``cls``."""
-        return cls([{"params": self._parameters()}], **options)
+        """``cls`` over this process's parameters, also where its stages have none. ``options`` are those of ``cls``.
+
+        ``save`` and ``load`` take the state of the last one made with that of the model.
+        """
+        self._optimizer = cls([{"params": self._parameters()}], **options)
+        return self._optimizer
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This process's parameters and buffers under their names in the original module; over all ranks, every
@@ -253,6 +261,37 @@ class Pipeline:
         missing ones.
         """
         load(self.state_dict(), state)
+
+    def save(self, folder: str | os.PathLike[str], data: Any = None) -> None:
+        """Write a checkpoint into ``folder``, in the place of the one there; collective, between two steps.
+
+        It holds parameters, buffers, the optimizer's state, steps taken, random states, and ``data``, any JSON of this
+        process: where it is in its data. Gradients are not in it. All ranks see one file system. If the save fails at
+        any point, the last one is as it was, and so is the pipeline; all ranks raise ``CheckpointError``.
+        """
+        with self._running():
+            saving.save(self._parts, self._optimizer, self._step, self._seed, folder, data)
+
+    def load(self, folder: str | os.PathLike[str]) -> Any:
+        """Go on from the checkpoint in ``folder``, saved with any ranks, split and schedule; collective.
+
+        Returns this rank's ``data`` (rank 0's, where fewer ranks had saved). Bytes are compared with their digests.
+        Where anything is damaged or does not fit the model, the optimizer or the seed, all ranks raise
+        ``CheckpointError`` with every difference, and nothing has changed.
+        """
+        with self._running():
+            self._step, data = saving.load(self._parts, self._optimizer, self._seed, folder)
+        return data
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model into ``folder`` as its own ``save_pretrained`` does, for ``from_pretrained`` of transformers;
+        collective. All ranks see one file system, which for a while holds the weights twice.
+
+        Raises ``ConfigError`` for a model that is not of transformers, ``CheckpointError`` where writing fails.
+        """
+        saving.refuse_foreign(self._parts.blueprint.root)
+        with self._running():
+            saving.save_pretrained(self._parts, folder)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages is at most ``max_norm``; collective.
