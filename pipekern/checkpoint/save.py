@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipekern.checkpoint.manifest import DTYPES, NAME, Entry, File, Manifest, ch
 from pipekern.errors import CheckpointError
 
 Shard = tuple[str, Callable[[], Mapping[str, Tensor]]]
+_STAGED = f"{NAME}.new"
 _NUMBERED = re.compile(r"save-(\d{8})")
 
 
@@ -49,7 +51,7 @@ def save(
         together(lambda: _publish(top, name, rows) if rank == 0 else None, gather)
     except CheckpointError:
         if rank == 0:
-            _remove(top, lambda saved: saved.name == name and _named(top) != name)
+            _discard(top, name)
         raise
     if rank == 0:
         _remove(top, lambda saved: saved.name != name)
@@ -59,11 +61,8 @@ def _begin(top: Path) -> str:
     """Clear away what failed saves have left, and make a sub-folder."""
     _make(top)
     saved = _saved(top)
-    try:
+    with suppress(CheckpointError):  # nobody knows what a damaged manifest named: all stays until there is a new one
         last = _named(top)
-    except CheckpointError:
-        pass  # nobody knows which of them a damaged manifest named: all stay until there is a new one
-    else:
         _remove(top, lambda one: one.name != last)
     name = f"save-{1 + max(saved.values(), default=0):08d}"
     (top / name).mkdir()
@@ -114,7 +113,7 @@ def _publish(top: Path, name: str, rows: list[dict[str, Any]]) -> None:
     if twice:
         raise CheckpointError(f"{twice} keys are in several files; every tensor is saved by one process, once")
     entries = {key: Entry(**row) for part in rows for key, row in part["entries"].items()}
-    staged = top / f"{NAME}.new"
+    staged = top / _STAGED
     with open(staged, "w", encoding="ascii") as file:
         file.write(Manifest(name, files, entries, [part["values"] for part in rows]).encode())
         file.flush()
@@ -143,8 +142,17 @@ def _saved(top: Path) -> dict[Path, int]:
 
 def _remove(top: Path, unwanted: Callable[[Path], bool]) -> None:
     """Remove sub-folders of saves; what cannot be removed now is at the next save."""
-    for path in filter(unwanted, _saved(top)):
-        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # also with ignore_errors rmtree raises some
+        for path in filter(unwanted, _saved(top)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _discard(top: Path, name: str) -> None:
+    """Remove what a failed save has written, unless the manifest may name it already."""
+    with suppress(CheckpointError, OSError):
+        (top / _STAGED).unlink(missing_ok=True)
+        if _named(top) != name:
+            _remove(top, lambda one: one.name == name)
 
 
 def _make(folder: Path) -> None:
