@@ -28,6 +28,7 @@ class OptimizerState:
                 f"the optimizer has parameters of shape {foreign} that are not this pipeline's; give them their own"
             )
         self._place = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
+        self._names = list(dict.fromkeys(names.values()))
         self._groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -59,11 +60,12 @@ class OptimizerState:
         if len(first["groups"]) != len(self._groups):
             yield f"the optimizer has {len(first['groups'])} groups in the checkpoint, {len(self._groups)} here"
             return
-        for index, names in enumerate(self._groups):
-            there = {name for row in rows for name in row["names"][index]}
-            for name in names:
-                if name not in there:
-                    yield f"{name} is in group {index} of the optimizer here, not so in the checkpoint"
+        there = {name: index for row in rows for index, names in enumerate(row["names"]) for name in names}
+        here = {name: index for index, names in enumerate(self._groups) for name in names}
+        for name in self._names:
+            if there.get(name) != here.get(name):
+                places = (f"group {place[name]}" if name in place else "no group" for place in (there, here))
+                yield "{} is in {} of the optimizer in the checkpoint, in {} here".format(name, *places)
 
     def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take the numbers of ``rows``, and no tensor yet."""

@@ -29,11 +29,12 @@ from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.blueprint import Blueprint
 from pipekern.runtime.collective import Star
 from pipekern.runtime.optimizer_state import OptimizerState
+from pipekern.stage.unit import Unit
 
 Folder = str | os.PathLike[str]
 Optimizer = torch.optim.Optimizer | None
 Sources = dict[str, Callable[[], Tensor]]  # by key
-Targets = dict[str, Callable[[Tensor], object]]
+Targets = list[tuple[str, Callable[[Tensor], object]]]  # key, and what takes its tensor
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Names:
     def of(blueprint: Blueprint) -> Names:
         known = set(blueprint.state)
         places: dict[int, str] = {}
-        shared = {name: places.setdefault(place, name) for name, place in blueprint.parameters.items()}
+        parameters = {name: place for name, place in blueprint.parameters.items() if name in known}
+        shared = {name: places.setdefault(place, name) for name, place in parameters.items()}
         first: dict[str, str] = {}
         home: dict[str, int] = {}
         for index, unit in enumerate(unit for units in blueprint.stages for unit in units):
@@ -67,10 +69,10 @@ class Names:
 
 def sources(parts: Assembly, names: Names, optimizer: OptimizerState | None) -> dict[int, Sources]:
     """By unit that this process saves: what gives the whole tensor of each key."""
-    files: dict[int, Sources] = {index: {} for index in _units(parts)}
-    for name, value in _state(parts, names).items():
-        if names.unit.get(name) in files:
-            files[names.unit[name]][f"model/{name}"] = value.detach
+    files: dict[int, Sources] = {index: {} for index, _ in _units(parts)}
+    for index, name, value in _state(parts, names):
+        if names.unit.get(name) == index:
+            files[index][f"model/{name}"] = value.detach
     for name, key, value in () if optimizer is None else optimizer.tensors():
         if names.unit[name] in files:
             files[names.unit[name]][_optimizer_key(name, key)] = value.detach
@@ -78,15 +80,13 @@ def sources(parts: Assembly, names: Names, optimizer: OptimizerState | None) -> 
 
 
 def targets(parts: Assembly, names: Names, optimizer: OptimizerState | None, checkpoint: Checkpoint) -> Targets:
-    """What this process takes out of ``checkpoint``, and what does so."""
-    found: Targets = {}
-    for name, value in _state(parts, names).items():
-        found[f"model/{names.first[name]}"] = value.copy_
+    """What this process takes out of ``checkpoint``: some of it to several places."""
+    found: Targets = [(f"model/{names.first[name]}", value.copy_) for _, name, value in _state(parts, names)]
     for key in checkpoint.entries:
         kind, _, rest = key.partition("/")
         name, _, state = rest.rpartition("/")
         if kind == "optimizer" and optimizer is not None and name in optimizer:
-            found[key] = partial(optimizer.put, name, state)
+            found.append((key, partial(optimizer.put, name, state)))
     return found
 
 
@@ -121,8 +121,8 @@ def load(parts: Assembly, optimizer: Optimizer, seed: int, folder: Folder) -> tu
         checkpoint, own = Checkpoint(folder), _kept(parts, names, optimizer)
         _refuse(_differences(parts, names, own, seed, checkpoint), folder)
         mine = targets(parts, names, own, checkpoint)
-        source = _source(rank, checkpoint)
-        checkpoint.verify([*mine, *(key for key in checkpoint.entries if key.startswith(_random_key(source, "")))])
+        random = _random_key(_source(rank, checkpoint), "")
+        checkpoint.verify([*(key for key, _ in mine), *(key for key in checkpoint.entries if key.startswith(random))])
         ready.append((checkpoint, own, mine))
         return checkpoint.digest
 
@@ -172,16 +172,21 @@ def _gather(star: Star) -> Gather:
     return gather
 
 
-def _units(parts: Assembly) -> list[int]:
-    """The indices of this process's units."""
-    first = parts.blueprint.first_unit
-    return [first[index] + i for index, stage in parts.stages.items() for i in range(len(stage.units))]
+def _units(parts: Assembly) -> Iterator[tuple[int, Unit]]:
+    """This process's units with their indices."""
+    for index, stage in parts.stages.items():
+        yield from enumerate(stage.units, parts.blueprint.first_unit[index])
 
 
-def _state(parts: Assembly, names: Names) -> dict[str, Tensor]:
-    """This process's parameters and buffers. Raises ``CheckpointError`` for state that is no tensor."""
-    state = {name: value for unit in parts.units() for name, value in unit.state().items() if name in names.first}
-    extra = [name for name, value in state.items() if not isinstance(value, Tensor)]
+def _state(parts: Assembly, names: Names) -> list[tuple[int, str, Tensor]]:
+    """This process's parameters and buffers: unit, name, value. What several units use comes with each of them: of a
+    buffer they may have copies.
+
+    Raises ``CheckpointError`` for state that is no tensor.
+    """
+    rows = [(index, name, value) for index, unit in _units(parts) for name, value in unit.state().items()]
+    state = [row for row in rows if row[1] in names.first]
+    extra = [name for _, name, value in state if not isinstance(value, Tensor)]
     if extra:
         raise CheckpointError(f"{', '.join(extra)}: state that is no tensor; hold it in buffers, or give it as data")
     return state
@@ -224,7 +229,7 @@ def _differences(
     saved = {key.removeprefix("model/") for key in checkpoint.entries if key.startswith("model/")}
     yield from (f"{name} is not in the checkpoint" for name in names.unit if name not in saved)
     yield from (f"{name} is in the checkpoint, not in the model" for name in sorted(saved) if name not in names.unit)
-    for name, value in _state(parts, names).items():
+    for name, value in {name: value for _, name, value in _state(parts, names)}.items():
         if names.first[name] == name and name in saved:
             there = str(checkpoint.entries[f"model/{name}"])
             here = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
@@ -260,7 +265,7 @@ def _apply(
     if optimizer is not None:
         optimizer.restore([row["optimizer"] for row in checkpoint.values])
     with torch.no_grad():
-        for key, put in mine.items():
+        for key, put in mine:
             put(checkpoint.tensor(key))
     prefix = _random_key(source, "")
     states = {key.removeprefix(prefix): checkpoint.tensor(key) for key in checkpoint.entries if key.startswith(prefix)}

@@ -17,7 +17,8 @@ from pipekern.checkpoint.save import Shard, save
 def shards(i: int, rank: int = 0, files: int = 3) -> Iterator[Shard]:
     """Files of some hundred bytes each."""
     for file in range(files):
-        yield f"file-{rank}-{file}", lambda file=file: {f"{rank}/{file}/{n}": torch.full((50 * n,), i) for n in (1, 2)}
+        tensors = {f"{rank}/{file}/{n}": torch.full((50 * n,), i) for n in (1, 2)}
+        yield f"file-{rank}-{file}", tensors.copy
 
 
 def write(folder: Path, i: int, files: int = 3) -> None:

@@ -56,7 +56,7 @@ def trees(draw: st.DrawFn) -> dict[str, dict[str, Tensor]]:
 @given(trees())
 def test_random_trees_come_back_bit_for_bit(files: dict[str, dict[str, Tensor]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save(folder, [(stem, lambda tensors=tensors: tensors) for stem, tensors in files.items()], dict)
+        save(folder, [(stem, tensors.copy) for stem, tensors in files.items()], dict)
         checkpoint = Checkpoint(folder)
         checkpoint.verify()
         assert checkpoint.entries.keys() == {key for tensors in files.values() for key in tensors}

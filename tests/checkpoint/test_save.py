@@ -32,7 +32,7 @@ def test_golden_folder(tmp_path: Path) -> None:
     """Folders that are missing are made; a second save takes the first one's place."""
     folder = tmp_path / "a" / "b"
     for i in (OLD, NEW):
-        save(folder, [("one", lambda i=i: {"x": torch.full((2,), i)})], lambda i=i: {"state": i})
+        save(folder, [("one", {"x": torch.full((2,), i)}.copy)], {"state": i}.copy)
         assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == [
             "manifest.json",
             f"save-0000000{i}",

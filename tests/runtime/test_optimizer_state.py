@@ -96,7 +96,13 @@ def test_groups_go_by_names(seed: int, tmp_path: Path) -> None:
         with pytest.raises(pk.CheckpointError) as refusal:
             other.load(tmp_path)
         for name in dict(other.named_parameters()):
-            assert f"{name} is in group {int(name.endswith('weight'))} of the optimizer here" in str(refusal.value)
+            groups = (0, 1) if name.endswith("weight") else (1, 0)
+            assert "{} is in group {} of the optimizer in the checkpoint, in group {} here".format(
+                name, *groups
+            ) in str(refusal.value)
+        del _grouped(other).param_groups[1]["params"][0]
+        with pytest.raises(pk.CheckpointError, match=r"0\.bias is in group 1 of .*, in no group here"):
+            other.load(tmp_path)
         _grouped(other, three=True)
         with pytest.raises(pk.CheckpointError, match="2 groups in the checkpoint, 3 here"):
             other.load(tmp_path)

@@ -338,6 +338,33 @@ def test_a_failed_save_leaves_the_last_one_and_the_pipeline(tmp_path: Path) -> N
     assert other[1:] == [1, [1, 2.5]]
 
 
+class Scaled(nn.Module):
+    """Its buffer is used by three units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.scale: Tensor
+        self.register_buffer("scale", torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) * self.scale
+        return x
+
+
+def test_a_buffer_of_several_units(seed: int, tmp_path: Path) -> None:
+    """Saved once, and given to each of them, also where each has a copy (a move to another device makes them)."""
+    with _perceptron(2, model=Scaled()) as pipe, _perceptron(4, model=Scaled()) as other:
+        for unit in other._parts.units():
+            unit.train._buffers.update({name: value.clone() for name, value in unit.train.named_buffers()})
+        x, y = torch.randn(4, 4), torch.randn(4, 4)
+        pipe.save(tmp_path)
+        other.load(tmp_path)
+        assert torch.equal(other.train_step(x, y), pipe.train_step(x, y))
+    assert [entry.file[:10] for key, entry in Checkpoint(tmp_path).entries.items() if "scale" in key] == ["unit-00000"]
+
+
 class Extra(nn.Linear):
     """A layer with state that is no tensor."""
 
