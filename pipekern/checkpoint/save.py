@@ -92,7 +92,7 @@ def _write(folder: Path, shards: Iterable[Shard], values: Callable[[], object]) 
 
 def _plain(key: str, tensor: Tensor) -> Tensor:
     """A copy in memory of its own: safetensors refuses tensors that share theirs."""
-    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout != torch.strided or tensor.is_meta:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
         raise CheckpointError(
             f"{key} is a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}; a checkpoint holds "
             "plain dense tensors with data"

@@ -21,8 +21,9 @@ def states(devices: Iterable[torch.device]) -> dict[str, Tensor]:
 def numbers() -> dict[str, Any]:
     """Python's and numpy's global states as JSON."""
     version, words, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return {"python": [version, list(words), gauss], "numpy": [name, np.asarray(keys).tolist(), *rest]}
+    numpy = dict(np.random.get_state(legacy=False))
+    words_of_numpy = {key: np.asarray(value).tolist() for key, value in numpy["state"].items()}
+    return {"python": [version, list(words), gauss], "numpy": numpy | {"state": words_of_numpy}}
 
 
 def restore(devices: Iterable[torch.device], tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -32,7 +33,7 @@ def restore(devices: Iterable[torch.device], tensors: Mapping[str, Tensor], valu
             source.set_state(tensors[name].clone())
     version, words, gauss = values["python"]
     random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(values["numpy"]))
+    np.random.set_state(values["numpy"])
 
 
 def _generators(devices: Iterable[torch.device]) -> dict[str, torch.Generator]:

@@ -37,13 +37,14 @@ def test_transformers_reads_it(processes: bool, name: str, seed: int, tmp_path: 
     """The same weights come back, and the files have the names and tensors of transformers' own save."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     state = union(run(processes, _train, 2, name, seed, str(ours)))
-    kind: Any = type(MODELS[name].build())
-    model = kind.from_pretrained(ours)
-    loaded = model.state_dict()
+    model: Any = MODELS[name].build()
+    loaded = type(model).from_pretrained(ours).state_dict()
     assert loaded.keys() == state.keys()
     assert [key for key in state if not torch.equal(loaded[key], state[key])] == []
+    model.load_state_dict(state)
     model.save_pretrained(theirs)
     assert _names(ours) == _names(theirs)
+    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
     one, other = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
     assert one.keys() == other.keys()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
