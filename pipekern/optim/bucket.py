@@ -229,19 +229,17 @@ class Bucket:
     # -- whole parameters
 
     @torch.no_grad()
-    def whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        """One tensor a piece (its parameter, or what an optimizer keeps for it), put together with those of other
-        replicas: one a parameter, by name. Collective where they are in parts.
+    def whole(self, parts: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """One tensor a piece, of the masters' dtype (its parameter, or what an optimizer keeps for it), put together
+        with those of the other replicas: one a parameter, by name. Collective with ``zero``.
         """
-        flat = torch.zeros(self.count, dtype=self._kind(parts), device=self.values.device)
+        flat = torch.zeros(self.count, dtype=self.masters.dtype, device=self.values.device)
         for piece, part in zip(self.pieces, parts, strict=True):
-            self._part(flat, piece, 0).copy_(part)
+            if part is not None:
+                self._part(flat, piece, 0).copy_(part)
         if self._replicas is not None and self._zero:
             self._replicas.gather(flat).wait()
         return dict(zip(self.names, self._views(flat), strict=True))
-
-    def _kind(self, parts: Sequence[Tensor]) -> torch.dtype:
-        return parts[0].dtype if parts else self.masters.dtype
 
 
 def divide(sizes: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:

@@ -4,7 +4,7 @@ precision, shards, and gradients summed over replicas.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -178,10 +178,13 @@ class Store:
             if not self.zero:
                 found |= {id(piece.of): part for piece, part in zip(bucket.pieces, parts, strict=True) if part is not None}
                 continue
-            there = {piece.name for piece, part in zip(bucket.pieces, parts, strict=True) if part is not None}
             for name, value in bucket.whole(parts).items():
                 found[id(self._known[name])] = value
         return {name: found[id(p)] for name, p in self._known.items() if id(p) in found}
+
+    def has(self, name: str) -> bool:
+        """Whether the parameter ``name`` is laid out here."""
+        return name in self._known and any(self._known[name] is p for bucket in self for p in bucket.parameters)
 
     @torch.no_grad()
     def put(self, name: str, value: Tensor, target: Callable[[Piece], Tensor]) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipekern.errors import TransportError
 from pipekern.optim.store import PRECISIONS, Store
@@ -193,6 +193,26 @@ class Assembly:
     def units(self) -> list[Unit]:
         """The units of this process's stages, in the model's order."""
         return [unit for stage in self.stages.values() for unit in stage.units]
+
+    def state(self) -> dict[str, Tensor]:
+        """This process's parameters, as an optimizer sees them but whole, and buffers, by name in the model; collective
+        where parameters are in shards.
+        """
+        known = set(self.blueprint.state)
+        own = {name: value for unit in self.units() for name, value in unit.state().items() if name in known}
+        if self.store is not None:
+            whole = self.store.whole(lambda piece: piece.parameter.detach())
+            own |= {name: value for name, value in whole.items() if name in own}
+        return own
+
+    @torch.no_grad()
+    def put(self, name: str, value: Tensor) -> None:
+        """Copy ``value`` into the whole parameter or buffer ``name``, as far as it is here."""
+        if self.store is not None and self.store.has(name):
+            self.store.put(name, value, lambda piece: piece.parameter)
+        else:
+            own = {n: t for unit in self.units() for n, t in unit.state().items() if n == name}
+            own[name].copy_(value)
 
     def counted(self) -> dict[str, nn.Parameter]:
         """The parameters that this process answers for in a sum over the model: a tied one on its owner, under its

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipekern.errors import ConfigError, TransportError
-from pipekern.optim import AdamW, clip
+from pipekern.errors import CheckpointError, TransportError
+from pipekern.optim import clip
 from pipekern.optim.scale import LossScale
 from pipekern.parallel.mesh import Mesh
-from pipekern.runtime import microbatch
+from pipekern.runtime import microbatch, optimizer, saving
 from pipekern.runtime.batch import Batch, divide
 from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor
@@ -31,9 +32,6 @@ from pipekern.schedule.ir import Schedule
 from pipekern.stage.random import preserved, step_key
 from pipekern.stage.spec import LayerSpec
 from pipekern.trace.timeline import Timeline
-
-
-WHOLE = (torch.optim.Adafactor, torch.optim.LBFGS, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
 
 
 class Pipeline:
@@ -113,6 +111,7 @@ class Pipeline:
         self._closed = ""
         self._executor: Executor = self._parts.train
         self._loss_is_pair: bool | None = None  # known after the first step
+        self._optimizer: torch.optim.Optimizer | None = None
         self._finalizer = weakref.finalize(self, self._parts.transport.close)
         with self._running():
             self._parts.settle()
@@ -223,6 +222,8 @@ class Pipeline:
             raise TransportError(f"this pipeline is closed: {self._closed}; make a new one")
         try:
             yield
+        except CheckpointError:
+            raise  # on all ranks alike, and nothing has changed
         except BaseException as error:
             self._fail(error, (where or self._executor.where)())
             raise
@@ -258,43 +259,55 @@ class Pipeline:
     def optimizer(self, cls: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
         """``cls`` over this process's parameters, also where its stages have none. ``options`` are those of ``cls``.
 
-        A ``pk.optim.AdamW`` clips by one norm over all ranks, so that its steps are collective. Raises ``ConfigError``
-        where parameters are in shards, which ``cls`` must not be able to tell from whole ones.
+        A ``pk.optim.AdamW`` clips by one norm over all ranks, so that its steps are collective. ``save`` and ``load``
+        take the state of the last one made with that of the model. Raises ``ConfigError`` for a class that looks at
+        whole matrices where parameters are in shards.
         """
-        parts = self._parts
-        if parts.zero and issubclass(cls, WHOLE):
-            raise ConfigError(f"zero={parts.zero} and {cls.__name__}, which looks at whole matrices; use zero=0")
-        optimizer = cls([{"params": self._parameters()}], **options)
-        if isinstance(optimizer, AdamW):
-            optimizer.bind(self._share_norm, parts.store.copies() if parts.store is not None else {})
-        if isinstance(optimizer, AdamW) and parts.store is not None:
-            store = parts.store
-            optimizer.register_step_post_hook(lambda *_: store.mark())
-        return optimizer
-
-    def _share_norm(self, stats: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
-        """The rows of all ranks' parameters, each once, in the model's order."""
-        places = {id(p): self._parts.blueprint.parameters[name] for name, p in self._parts.counted().items()}
-        rows = [(places[id(p)], i) for i, p in enumerate(parameters) if id(p) in places]
-        own = torch.tensor([place for place, _ in rows], dtype=torch.int64), stats[[i for _, i in rows]]
-        with self._running():
-            found = self._parts.of_parameters(own)
-        order = torch.cat([place for place, _ in found]).argsort(stable=True)
-        return torch.cat([values.to(stats.device) for _, values in found])[order.to(stats.device)]
+        self._optimizer = optimizer.bound(self._parts, self._running, cls, options)
+        return self._optimizer
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This process's parameters and buffers under their names in the original module; over all ranks, every
         name.
         """
-        known = set(self._parts.blueprint.state)
-        own = {name: value for unit in self._parts.units() for name, value in unit.state().items()}
-        return {name: value for name, value in own.items() if name in known}
+        return self._parts.state()
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy this process's entries out of ``state``, which may be the whole model's. Raises ``ConfigError`` for
         missing ones.
         """
-        load(self.state_dict(), state)
+        load(self.state_dict(), state, self._parts.put)
+
+    def save(self, folder: str | os.PathLike[str], data: Any = None) -> None:
+        """Write a checkpoint into ``folder``, in the place of the one there; collective, between two steps.
+
+        It holds parameters, buffers, the optimizer's state, steps taken, random states, and ``data``, any JSON of this
+        process: where it is in its data. Gradients are not in it. All ranks see one file system. If the save fails at
+        any point, the last one is as it was, and so is the pipeline; all ranks raise ``CheckpointError``.
+        """
+        with self._running():
+            saving.save(self._parts, self._optimizer, self._step, self._seed, folder, data)
+
+    def load(self, folder: str | os.PathLike[str]) -> Any:
+        """Go on from the checkpoint in ``folder``, saved with any ranks, split and schedule; collective.
+
+        Returns this rank's ``data`` (rank 0's, where fewer ranks had saved). Bytes are compared with their digests.
+        Where anything is damaged or does not fit the model, the optimizer or the seed, all ranks raise
+        ``CheckpointError`` with every difference, and nothing has changed.
+        """
+        with self._running():
+            self._step, data = saving.load(self._parts, self._optimizer, self._seed, folder)
+        return data
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model into ``folder`` as its own ``save_pretrained`` does, for ``from_pretrained`` of transformers;
+        collective. All ranks see one file system, which for a while holds the weights twice.
+
+        Raises ``ConfigError`` for a model that is not of transformers, ``CheckpointError`` where writing fails.
+        """
+        saving.refuse_foreign(self._parts.blueprint.root)
+        with self._running():
+            saving.save_pretrained(self._parts, folder)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages is at most ``max_norm``; collective.
