@@ -32,7 +32,7 @@ def _one_minus_power(log, t):
 
 @jit
 def _factor(stats, count, grad_scale, max_norm, BLOCK: tl.constexpr):
-    """What gradients are multiplied by, and whether all of them are finite."""
+    """What gradients are multiplied by, and whether all of them and their norm are finite."""
     squares = tl.zeros((BLOCK,), tl.float32)
     wrong = tl.zeros((BLOCK,), tl.float32)
     factor = tl.full((), 1, tl.float32)
@@ -45,7 +45,7 @@ def _factor(stats, count, grad_scale, max_norm, BLOCK: tl.constexpr):
             wrong += tl.load(stats + 2 * at + 1, at < count, 0)
         norm = tl.sqrt_rn(tl.sum(squares, 0)) * factor
         factor *= tl.where(max_norm < float("inf"), tl.minimum(tl.div_rn(max_norm, norm + 1e-6), 1), 1)
-    return factor, tl.sum(wrong, 0) == 0
+    return factor, (tl.sum(wrong, 0) == 0) & (tl.sum(squares, 0) < float("inf"))
 
 
 @jit
@@ -200,14 +200,13 @@ def adamw_step(
 
     Args:
         table: ``Table(params, grads, means, squares)``, moments in float32, or with a fifth column of copies that get
-        the
-            new parameters, rounded to the nearest. ``groups`` are the rows of ``hyper``.
+            the new parameters, rounded to the nearest. ``groups`` are the rows of ``hyper``.
         hyper: float32 [groups, 8], each a :func:`hyper_row`.
         progress: int32 [2], zeros at first: the steps taken, and a counter of the launch. A skipped step does not
-        count. stats: float32 [n, 2] of :func:`grad_stats`, over all parameters whose gradients have one norm, those
-        of other
-            ranks included. Where a value is not finite the step is skipped; the norm is clipped to ``max_norm``, as
-            ``torch.nn.utils.clip_grad_norm_`` does. Without it neither.
+            count.
+        stats: float32 [n, 2] of :func:`grad_stats`, over all parameters whose gradients have one norm, those of other
+            ranks included. Where a value, or the norm, is not finite the step is skipped; the norm is clipped to
+            ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does. Without it neither.
         grad_scale: What gradients are divided by, one number: the loss scale.
         stochastic_rounding: bfloat16 parameters are rounded up or down at random, to the nearer more often, so that
             small steps are not lost; the same from run to run.

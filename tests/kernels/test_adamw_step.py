@@ -142,6 +142,15 @@ def test_skipped_on_the_device(value: float, zero: bool, device: str) -> None:
     assert model.progress.tolist() == [1, 0]
 
 
+def test_a_norm_that_overflows_skips_the_step(device: str) -> None:
+    """All values are finite, their squares' sum is not: clipped, every gradient would be zero."""
+    model = Model(device, max_norm=1.0)
+    before = [t.clone() for t in model.tensors()]
+    model.step([grad * 1e20 for grad in draw(device)])
+    assert all(map(torch.equal, model.tensors(), before))
+    assert model.progress.tolist() == [0, 0]
+
+
 def test_bfloat16_parameters_rounded_at_random(device: str) -> None:
     """Steps of a hundredth of the last place: rounding to the nearest loses all of them, this keeps their mean."""
     size = 6000
