@@ -224,6 +224,8 @@ def adamw_step(
         raise ConfigError(
             f"progress is {tuple(progress.shape)} of {progress.dtype}; it must be two zeros of int32 at first"
         )
+    if stats is not None and (stats.dtype != torch.float32 or stats.shape[1:] != (2,) or not stats.is_contiguous()):
+        raise ConfigError(f"stats is {tuple(stats.shape)} of {stats.dtype}; it must be [n, 2] of float32, contiguous")
     if means and (means[0].dtype != torch.float32 or squares[0].dtype != torch.float32):
         raise ConfigError(f"moments are {means[0].dtype} and {squares[0].dtype}; they must be float32")
     if stochastic_rounding and params and params[0].dtype != torch.bfloat16:

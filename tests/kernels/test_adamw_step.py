@@ -174,6 +174,10 @@ def test_refused(device: str) -> None:
         adamw_step(model.table, model.hyper[0], model.progress)
     with pytest.raises(ConfigError, match="two zeros of int32 at first"):
         adamw_step(model.table, model.hyper, model.progress.float())
+    zeros = torch.zeros(4, 3, device=device)
+    for stats in (zeros[:, :2].double(), zeros[:, 0], zeros[:, 1:]):
+        with pytest.raises(ConfigError, match=r"stats is .*\[n, 2\] of float32, contiguous"):
+            adamw_step(model.table, model.hyper, model.progress, stats)
     with pytest.raises(ConfigError, match="leave it out"):
         adamw_step(model.table, model.hyper, model.progress, stochastic_rounding=True)
     low = [grad.bfloat16() for grad in model.grads]
