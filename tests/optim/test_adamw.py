@@ -14,43 +14,7 @@ from torch import Tensor, nn
 
 import pipekern as pk
 from pipekern import ConfigError
-
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
-SHAPES = ((3,), (40, 50), (), (2500,), (2, 3, 4))
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
-def device(request: pytest.FixtureRequest) -> str:
-    torch.manual_seed(7)
-    return str(request.param)
-
-
-def parameters(device: str, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    return [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in SHAPES]
-
-
-def draw(own: list[nn.Parameter], size: float = 1.0) -> list[Tensor]:
-    return [torch.randn(p.shape, device=p.device) * size for p in own]
-
-
-def give(own: list[nn.Parameter], grads: list[Tensor | None] | list[Tensor]) -> None:
-    """As a backward does: into the memory that is there."""
-    for p, grad in zip(own, grads, strict=True):
-        if grad is None:
-            p.grad = None
-        elif p.grad is None:
-            p.grad = grad.clone().to(p.dtype)
-        else:
-            p.grad.copy_(grad)
-
-
-def equal(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-6, atol=1e-6)
-
-
-def groups(own: list[nn.Parameter]) -> list[dict[str, Any]]:
-    return [{"params": own[:2], "weight_decay": 0.3, "lr": 3e-3}, {"params": own[2:], "betas": (0.8, 0.95)}]
+from tests.optim.parameters import draw, equal, give, groups, parameters
 
 
 def test_golden(device: str) -> None:
@@ -254,63 +218,6 @@ def test_rounded_at_random(device: str) -> None:
     assert results[0].double().mean().item() == pytest.approx(1 - 3 * 2.0**-11, abs=5 * deviation)
 
 
-@pytest.mark.parametrize("from_torch", [False, True])
-def test_a_state_goes_both_ways(from_torch: bool, device: str) -> None:
-    """Six steps of one, the state into the other, six more: as twelve steps of torch's. Parameters at odds in steps."""
-    classes: list[Any] = [torch.optim.AdamW, pk.optim.AdamW]
-    first, second = classes if from_torch else classes[::-1]
-    ours = parameters(device)
-    theirs = copy.deepcopy(ours)
-    optimizer, want = first(groups(ours), lr=1e-2), torch.optim.AdamW(groups(theirs), lr=1e-2)
-    for step in range(12):
-        if step == 6:
-            state = optimizer.state_dict()
-            assert {tuple(sorted(own)) for own in state["state"].values()} == {("exp_avg", "exp_avg_sq", "step")}
-            optimizer = second(groups(ours), lr=7.0)
-            optimizer.load_state_dict(copy.deepcopy(state))
-        grads: list[Tensor | None] = [grad if place != step % 4 else None for place, grad in enumerate(draw(ours))]
-        for own in (ours, theirs):
-            give(own, grads)
-        optimizer.step()
-        want.step()
-    equal(ours, theirs)
-    steps = [float(own["step"]) for _, own in sorted(optimizer.state_dict()["state"].items())]
-    assert steps == [9, 9, 9, 9, 12]
-
-
-def test_a_saved_state_is_a_copy_of_float32_moments(device: str) -> None:
-    """Also of bfloat16 parameters, whose moments torch would round; hooks see and change what is loaded."""
-    own = parameters(device, torch.bfloat16)
-    optimizer = pk.optim.AdamW(own)
-    give(own, draw(own))
-    optimizer.step()
-    state = optimizer.state_dict()
-    assert state["state"][1]["step"].dtype == torch.float32
-    other = pk.optim.AdamW(own)
-    other.register_load_state_dict_pre_hook(lambda _, given: {**given, "state": {1: given["state"][1]}})
-    other.load_state_dict(state)
-    assert list(other.state) == [own[1]]
-    for name in ("exp_avg", "exp_avg_sq"):
-        loaded, saved = other.state[own[1]][name], state["state"][1][name]
-        assert torch.equal(loaded, saved)
-        assert (loaded.dtype, loaded.data_ptr() == saved.data_ptr()) == (torch.float32, False)
-
-
-def test_a_deep_copy_goes_on(device: str) -> None:
-    ours = parameters(device)
-    optimizer = pk.optim.AdamW(ours, max_norm=1.0)
-    give(ours, draw(ours))
-    optimizer.step()
-    theirs, other = copy.deepcopy((ours, optimizer))
-    grads = draw(ours)
-    for own in (ours, theirs):
-        give(own, grads)
-    optimizer.step()
-    other.step()
-    assert all(map(torch.equal, ours, theirs))
-    assert [int(other.state[p]["step"]) for p in theirs] == [2] * len(theirs)
-
-
 def test_with_torchs_gradient_scaler(device: str) -> None:
     """``torch.amp.GradScaler`` finds an overflow, does not step, and halves its scale."""
     p = nn.Parameter(torch.ones(4, device=device))
@@ -356,24 +263,3 @@ def test_parameters_and_gradients_that_are_refused() -> None:
     with pytest.raises(ConfigError, match="sparse=False"):
         optimizer.step()
     assert p.tolist() == [1.0, 1.0]
-
-
-def test_states_that_are_refused_change_nothing() -> None:
-    p = nn.Parameter(torch.ones(2))
-    optimizer = pk.optim.AdamW([p], lr=0.5)
-    p.grad = torch.ones(2)
-    optimizer.step()
-    before = optimizer.state_dict()
-    sgd = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": before["param_groups"]}
-    narrow = {"state": {0: {**before["state"][0], "exp_avg": torch.ones(1)}}, "param_groups": before["param_groups"]}
-    for given, rule in (
-        (torch.optim.AdamW([p], amsgrad=True).state_dict(), "amsgrad is on"),
-        (torch.optim.AdamW([p], maximize=True).state_dict(), "maximize is on"),
-        (sgd, "has .'momentum_buffer'.; AdamW's has"),
-        (narrow, r"exp_avg of parameter 0 has shape \(1,\)"),
-    ):
-        with pytest.raises(ConfigError, match=rule):
-            optimizer.load_state_dict(given)
-        after = optimizer.state_dict()
-        assert after["param_groups"] == before["param_groups"]
-        assert all(torch.equal(after["state"][0][name], value) for name, value in before["state"][0].items())
