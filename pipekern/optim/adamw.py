@@ -31,7 +31,8 @@ class AdamW(torch.optim.Optimizer):
 
     * A step leaves gradients that are zero, in the same memory, and ``zero_grad`` then has nothing to do. So a
       parameter that a later step does not reach has a gradient of zeros, not None, and decays. Where gradients were
-      written since, ``zero_grad`` does what torch's does.
+      written since, ``zero_grad`` does what torch's does. Dropped otherwise (``model.zero_grad()``), gradients stay in
+      memory until the next step, which must then set up its launches anew.
     * A norm that is not finite skips the step: parameters, moments and numbers of steps stay, gradients are zeroed. The
       decision is made on the device. ``norm`` is that of the last step, over all gradients before clipping, unscaled:
       0-d float32.
@@ -76,6 +77,10 @@ class AdamW(torch.optim.Optimizer):
         if stochastic_rounding and own and all(p.dtype is not torch.bfloat16 for p in own):
             raise ConfigError("stochastic_rounding is for bfloat16 parameters, and none of these is: leave it out")
         self._reset()
+
+    def _reset(self) -> None:
+        self._hypers: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
+        self._zeroed: dict[Tensor, int] = {}
         self.bind(_alone, {})
 
     def bind(self, share: Share, copies: Mapping[nn.Parameter, Tensor]) -> None:
@@ -88,10 +93,10 @@ class AdamW(torch.optim.Optimizer):
             copies: For some parameters the bfloat16 or float16 tensor that gets their new values, rounded to nearest.
         """
         self._share, self._copies = share, copies
-        self._launches = None
+        self._launches: Launches | None = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` runs forward and backward first, and its result is returned."""
         loss = None
         if closure is not None:
@@ -179,11 +184,6 @@ class AdamW(torch.optim.Optimizer):
             self._hypers[device] = rows, tensor
         return tensor
 
-    def _reset(self) -> None:
-        self._launches: Launches | None = None
-        self._hypers: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
-        self._zeroed: dict[Tensor, int] = {}
-
     def __getstate__(self) -> dict[str, Any]:
         """What torch's has, and the numbers that are not in groups; a copy is bound to nothing."""
         return {**super().__getstate__(), "max_norm": self.max_norm, "stochastic_rounding": self.stochastic_rounding}
@@ -192,7 +192,6 @@ class AdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         if "max_norm" in state:  # a copy, and no loaded state
             self._reset()
-            self.bind(_alone, {})
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ class Store:
             for names in layouts[stage]:
                 named = [(name, self._known[name]) for name in names]
                 self.buckets[stage].append(Bucket(named, dtypes.get(id(named[0][1])), replicas, zero))
-        moved = {id(p) for bucket in self for p in bucket.parameters}
+        self._moved = moved = {id(p) for bucket in self for p in bucket.parameters}
         for p in self._known.values():
             if id(p) not in moved and id(p) in dtypes:
                 p.data = p.data.to(dtypes[id(p)])  # frozen: nobody needs more of it
@@ -182,14 +182,28 @@ class Store:
                 found[id(self._known[name])] = value
         return {name: found[id(p)] for name, p in self._known.items() if id(p) in found}
 
+    def described(self) -> dict[str, Tensor]:
+        """A tensor without memory for each parameter that is laid out, as :meth:`whole` gives it, by name."""
+        dtypes = {id(p): bucket.masters.dtype for bucket in self for p in bucket.parameters}
+        known = {name: p for name, p in self._known.items() if id(p) in dtypes}
+        return {name: torch.empty(p.shape, dtype=dtypes[id(p)], device="meta") for name, p in known.items()}
+
+    def part_of(self, name: str, value: Tensor) -> Tensor:
+        """What of ``value`` belongs to the piece of the parameter ``name``: all, unless it has the parameter's shape."""
+        parameter = self._known[name]
+        piece = self._own.get(id(parameter))
+        if piece is None or value.shape != parameter.shape:
+            return value
+        part = value.reshape(-1)[piece.start : piece.start + piece.parameter.numel()]
+        return part.view(piece.parameter.shape)
+
     def has(self, name: str) -> bool:
         """Whether the parameter ``name`` is laid out here."""
-        return name in self._known and any(self._known[name] is p for bucket in self for p in bucket.parameters)
+        return name in self._known and id(self._known[name]) in self._moved
 
     @torch.no_grad()
-    def put(self, name: str, value: Tensor, target: Callable[[Piece], Tensor]) -> None:
-        """Copy of a whole ``value`` of the parameter ``name`` what its piece here covers into that piece's ``target``."""
+    def put(self, name: str, value: Tensor) -> None:
+        """Copy a whole ``value`` into the parameter ``name``, as far as it is here."""
         piece = self._own.get(id(self._known[name]))
         if piece is not None:
-            own = value.reshape(-1)[piece.start : piece.start + piece.parameter.numel()]
-            target(piece).copy_(own.view(piece.parameter.shape))
+            piece.parameter.copy_(self.part_of(name, value))

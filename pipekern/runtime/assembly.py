@@ -209,10 +209,11 @@ class Assembly:
     def put(self, name: str, value: Tensor) -> None:
         """Copy ``value`` into the whole parameter or buffer ``name``, as far as it is here."""
         if self.store is not None and self.store.has(name):
-            self.store.put(name, value, lambda piece: piece.parameter)
-        else:
-            own = {n: t for unit in self.units() for n, t in unit.state().items() if n == name}
-            own[name].copy_(value)
+            self.store.put(name, value)
+            return
+        for unit in self.units():  # copies of a buffer may be in several
+            if name.startswith(unit.prefix) and (own := unit.state().get(name)) is not None:
+                own.copy_(value)
 
     def counted(self) -> dict[str, nn.Parameter]:
         """The parameters that this process answers for in a sum over the model: a tied one on its owner, under its

@@ -58,6 +58,11 @@ class Star:
         return (self.rank is None or self.ranks == 1) and self.pipelines == 1
 
     @property
+    def number(self) -> int:
+        """This process, counted over all pipelines."""
+        return self.pipeline * self.ranks + (self.rank or 0)
+
+    @property
     def _others(self) -> list[int]:
         """The ranks of this pipeline that are other processes than the root."""
         return [] if self.rank is None else [rank for rank in range(self.ranks) if rank != self.root]

@@ -38,6 +38,14 @@ class OptimizerState:
                 if isinstance(value, Tensor):
                     yield name, key, value
 
+    def parameter(self, name: str) -> Tensor:
+        """What the optimizer changes under this name."""
+        return self._place[name][0]
+
+    def of(self, parameter: Tensor, key: str) -> Tensor | None:
+        """What is kept for it under ``key``, if anything."""
+        return self._optimizer.state[parameter].get(key) if parameter in self._optimizer.state else None
+
     def row(self) -> dict[str, Any]:
         """All that are no tensors, as JSON; a 0-d tensor of a group (``lr``) as its number."""
         optimizer = self._optimizer

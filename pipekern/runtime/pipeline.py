@@ -286,7 +286,7 @@ class Pipeline:
         any point, the last one is as it was, and so is the pipeline; all ranks raise ``CheckpointError``.
         """
         with self._running():
-            saving.save(self._parts, self._optimizer, self._step, self._seed, folder, data)
+            saving.save(self._parts, self._optimizer, self.loss_scale, self._step, self._seed, folder, data)
 
     def load(self, folder: str | os.PathLike[str]) -> Any:
         """Go on from the checkpoint in ``folder``, saved with any ranks, split and schedule; collective.
@@ -296,7 +296,7 @@ class Pipeline:
         ``CheckpointError`` with every difference, and nothing has changed.
         """
         with self._running():
-            self._step, data = saving.load(self._parts, self._optimizer, self._seed, folder)
+            self._step, data = saving.load(self._parts, self._optimizer, self.loss_scale, self._seed, folder)
         return data
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

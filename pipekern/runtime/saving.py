@@ -24,6 +24,7 @@ from pipekern.checkpoint.load import Checkpoint
 from pipekern.checkpoint.save import Shard
 from pipekern.checkpoint.save import save as save_shards
 from pipekern.errors import CheckpointError, ConfigError
+from pipekern.optim.scale import LossScale
 from pipekern.runtime import generators
 from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.blueprint import Blueprint
@@ -68,52 +69,81 @@ class Names:
 
 
 def sources(parts: Assembly, names: Names, optimizer: OptimizerState | None) -> dict[int, Sources]:
-    """By unit that this process saves: what gives the whole tensor of each key."""
+    """By unit that this process saves: what gives the whole tensor of each key. Collective where parameters are in
+    shards, which are put together now, all of them.
+    """
     files: dict[int, Sources] = {index: {} for index, _ in _units(parts)}
+    whole = parts.state()
     for index, name, value in _state(parts, names):
         if names.unit.get(name) == index:
-            files[index][f"model/{name}"] = value.detach
-    for name, key, value in () if optimizer is None else optimizer.tensors():
+            files[index][f"model/{name}"] = whole.get(name, value).detach
+    for name, key, value in () if optimizer is None else _moments(parts, names, optimizer):
         if names.unit[name] in files:
             files[names.unit[name]][_optimizer_key(name, key)] = value.detach
-    return files
+    return files if parts.star.pipeline == 0 else {}  # other replicas have the same
+
+
+def _moments(parts: Assembly, names: Names, optimizer: OptimizerState) -> list[tuple[str, str, Tensor]]:
+    """What ``optimizer`` keeps, by parameter and key, whole."""
+    own = list(optimizer.tensors())
+    store = parts.store
+    if store is None or not parts.zero:
+        return own
+    split = {key for name, key, value in own if value.dim() and value.shape == optimizer.parameter(name).shape}
+    rows = parts.star.everywhere(sorted(split))
+    found = [row for row in own if row[1] not in split]
+    for key in sorted({key for pipeline in rows for row in pipeline for key in row}):
+        whole = store.whole(lambda piece, key=key: optimizer.of(piece.parameter, key))  # type: ignore[misc]
+        found += [(name, key, value) for name, value in whole.items() if names.first.get(name) == name]
+    return found
 
 
 def targets(parts: Assembly, names: Names, optimizer: OptimizerState | None, checkpoint: Checkpoint) -> Targets:
     """What this process takes out of ``checkpoint``: some of it to several places."""
-    found: Targets = [(f"model/{names.first[name]}", value.copy_) for _, name, value in _state(parts, names)]
+    state = {name for _, name, _ in _state(parts, names)}
+    found: Targets = [(f"model/{names.first[name]}", partial(parts.put, name)) for name in state]
     for key in checkpoint.entries:
         kind, _, rest = key.partition("/")
-        name, _, state = rest.rpartition("/")
+        name, _, kept = rest.rpartition("/")
         if kind == "optimizer" and optimizer is not None and name in optimizer:
-            found.append((key, partial(optimizer.put, name, state)))
+            found.append((key, partial(_put_part, parts, optimizer, name, kept)))
     return found
 
 
-def save(parts: Assembly, optimizer: Optimizer, step: int, seed: int, folder: Folder, data: Any) -> None:
+def _put_part(parts: Assembly, optimizer: OptimizerState, name: str, key: str, value: Tensor) -> None:
+    optimizer.put(name, key, value if parts.store is None else parts.store.part_of(name, value))
+
+
+def save(
+    parts: Assembly, optimizer: Optimizer, scale: LossScale | None, step: int, seed: int, folder: Folder, data: Any
+) -> None:
     """See ``Pipeline.save``."""
-    rank, gather = parts.rank or 0, _gather(parts.star)
+    rank, gather = parts.star.number, _gather(parts.star)
     names = Names.of(parts.blueprint)
     kept: list[OptimizerState | None] = []
     together(lambda: kept.append(_kept(parts, names, optimizer)), gather)
     (own,) = kept
+    files = sources(parts, names, own)
 
     def values() -> dict[str, Any]:
         state = None if own is None else own.row()
         row = {"step": step, "seed": seed, "data": data, "ties": names.ties}
+        row["loss scale"] = None if scale is None else scale.state()
         return {**row, "optimizer": state, "random": generators.numbers()}
 
     def shards() -> Iterator[Shard]:
-        yield from _files(parts, names, own)
+        yield from _shards(files)
         states = generators.states(parts.devices)
         yield f"random-{rank:05d}", lambda: {_random_key(rank, name): state for name, state in states.items()}
 
     save_shards(folder, shards(), values, rank=rank, gather=gather)
 
 
-def load(parts: Assembly, optimizer: Optimizer, seed: int, folder: Folder) -> tuple[int, Any]:
+def load(
+    parts: Assembly, optimizer: Optimizer, scale: LossScale | None, seed: int, folder: Folder
+) -> tuple[int, Any]:
     """Steps taken and ``data``; see ``Pipeline.load``."""
-    rank, gather = parts.rank or 0, _gather(parts.star)
+    rank, gather = parts.star.number, _gather(parts.star)
     names = Names.of(parts.blueprint)
     ready: list[tuple[Checkpoint, OptimizerState | None, Targets]] = []
 
@@ -132,6 +162,8 @@ def load(parts: Assembly, optimizer: Optimizer, seed: int, folder: Folder) -> tu
     _apply(parts, checkpoint, own, mine, _source(rank, checkpoint))
     gather(None)  # a rank that fails from here on aborts the job: nobody goes on with half of it
     values = checkpoint.values
+    if scale is not None and values[0]["loss scale"] is not None:
+        scale.load(values[0]["loss scale"])
     return values[0]["step"], values[_source(rank, checkpoint)]["data"]
 
 
@@ -147,7 +179,7 @@ def refuse_foreign(root: nn.Module) -> None:
 def save_pretrained(parts: Assembly, folder: Folder) -> None:
     """See ``Pipeline.save_pretrained``."""
     root: Any = parts.blueprint.root
-    rank, gather = parts.rank or 0, _gather(parts.star)
+    rank, gather = parts.star.number, _gather(parts.star)
     names, staging = Names.of(parts.blueprint), Path(folder) / ".weights"
 
     def write() -> None:
@@ -156,8 +188,9 @@ def save_pretrained(parts: Assembly, folder: Folder) -> None:
         state = {name: tensors[names.first[name]] for name in parts.blueprint.state}
         root.save_pretrained(folder, state_dict=state)
 
+    files = sources(parts, names, None)
     try:
-        save_shards(staging, _files(parts, names, None), dict, rank=rank, gather=gather)
+        save_shards(staging, _shards(files), dict, rank=rank, gather=gather)
         together(lambda: write() if rank == 0 else None, gather)
     finally:
         if rank == 0:
@@ -167,7 +200,8 @@ def save_pretrained(parts: Assembly, folder: Folder) -> None:
 def _gather(star: Star) -> Gather:
     def gather(row: Any) -> list[Any]:
         text = torch.frombuffer(bytearray(json.dumps(row).encode()), dtype=torch.uint8)
-        return [row] if star.alone else [json.loads(other.cpu().numpy().tobytes()) for other in star.gather(text)]
+        rows = [other for pipeline in star.everywhere(text) for other in pipeline]
+        return [row] if star.alone else [json.loads(other.cpu().numpy().tobytes()) for other in rows]
 
     return gather
 
@@ -197,8 +231,8 @@ def _kept(parts: Assembly, names: Names, optimizer: Optimizer) -> OptimizerState
     return None if optimizer is None else OptimizerState(optimizer, own)
 
 
-def _files(parts: Assembly, names: Names, optimizer: OptimizerState | None) -> Iterator[Shard]:
-    for index, entries in sources(parts, names, optimizer).items():
+def _shards(files: dict[int, Sources]) -> Iterator[Shard]:
+    for index, entries in files.items():
         if entries:
             yield f"unit-{index:05d}", partial(_called, entries)
 
@@ -229,8 +263,10 @@ def _differences(
     saved = {key.removeprefix("model/") for key in checkpoint.entries if key.startswith("model/")}
     yield from (f"{name} is not in the checkpoint" for name in names.unit if name not in saved)
     yield from (f"{name} is in the checkpoint, not in the model" for name in sorted(saved) if name not in names.unit)
+    described = {} if parts.store is None else parts.store.described()
     for name, value in {name: value for _, name, value in _state(parts, names)}.items():
         if names.first[name] == name and name in saved:
+            value = described.get(name, value)
             there = str(checkpoint.entries[f"model/{name}"])
             here = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
             if there != here:
