@@ -90,9 +90,10 @@ def _moments(parts: Assembly, names: Names, optimizer: OptimizerState) -> list[t
     if store is None or not parts.zero:
         return own
     split = {key for name, key, value in own if value.dim() and value.shape == optimizer.parameter(name).shape}
-    rows = parts.star.everywhere(sorted(split))
-    found = [row for row in own if row[1] not in split]
-    for key in sorted({key for pipeline in rows for row in pipeline for key in row}):
+    rest = [row for row in own if row[1] not in split]  # such as the number of steps
+    rows = [row for pipeline in parts.star.everywhere((sorted(split), rest)) for row in pipeline]
+    found = list({(name, key): (name, key, value) for _, others in rows for name, key, value in others}.values())
+    for key in sorted({key for keys, _ in rows for key in keys}):
         whole = store.whole(lambda piece, key=key: optimizer.of(piece.parameter, key))  # type: ignore[misc]
         found += [(name, key, value) for name, value in whole.items() if names.first.get(name) == name]
     return found
