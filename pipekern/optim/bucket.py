@@ -12,7 +12,7 @@ With ``zero`` at least 1 masters and ``reduced`` are this replica's n / replicas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -36,14 +36,18 @@ class Piece(NamedTuple):
 
 
 class Bucket:
-    """``parameters``, of one dtype, by name. ``low``: the dtype in which the stage computes, with float32 masters; None:
-    its own, without.
+    """``parameters``, of one dtype, by name. ``low``: the dtype in which the stage computes, with float32 masters; where
+    it is None, their own.
 
     Their memory is taken over: each becomes a view. ``replicas`` is None where there is one.
     """
 
     def __init__(
-        self, parameters: Sequence[tuple[str, nn.Parameter]], low: torch.dtype | None, replicas: Replicas | None, zero: int
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        low: torch.dtype | None,
+        replicas: Replicas | None,
+        zero: int,
     ):
         self.names = [name for name, _ in parameters]
         self.parameters = [parameter for _, parameter in parameters]
@@ -71,7 +75,7 @@ class Bucket:
         for parameter, view in zip(self.parameters, self._views(self.values), strict=True):
             parameter.data = view
             if low is not None:
-                parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+                parameter.grad_dtype = torch.float32
         self.pieces = self._cut()
         if zero == 3:
             self.release()

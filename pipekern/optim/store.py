@@ -176,7 +176,9 @@ class Store:
         for bucket in self:
             parts = [of(piece) for piece in bucket.pieces]
             if not self.zero:
-                found |= {id(piece.of): part for piece, part in zip(bucket.pieces, parts, strict=True) if part is not None}
+                found |= {
+                    id(piece.of): part for piece, part in zip(bucket.pieces, parts, strict=True) if part is not None
+                }
                 continue
             for name, value in bucket.whole(parts).items():
                 found[id(self._known[name])] = value
@@ -189,7 +191,7 @@ class Store:
         return {name: torch.empty(p.shape, dtype=dtypes[id(p)], device="meta") for name, p in known.items()}
 
     def part_of(self, name: str, value: Tensor) -> Tensor:
-        """What of ``value`` belongs to the piece of the parameter ``name``: all, unless it has the parameter's shape."""
+        """What of ``value`` belongs to the piece of the parameter ``name``: all where it has not the parameter's shape."""
         parameter = self._known[name]
         piece = self._own.get(id(parameter))
         if piece is None or value.shape != parameter.shape:

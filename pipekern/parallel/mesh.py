@@ -1,9 +1,9 @@
 """Where a process stands among pipeline ranks, data-parallel replicas and tensor-parallel parts.
 
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
-    grid = Grid.of(mesh, world_size=4)
-    grid.sizes                                  # Place(pp=2, dp=2, tp=1)
-    grid.place(3)                               # Place(pp=1, dp=1, tp=0)
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+grid = Grid.of(mesh, world_size=4)
+grid.sizes                                  # Place(pp=2, dp=2, tp=1)
+grid.place(3)                               # Place(pp=1, dp=1, tp=0)
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from pipekern.errors import TransportError
 from pipekern.optim.store import PRECISIONS, Store
-from pipekern.parallel.mesh import ALONE, FIRST, Grid, Place
+from pipekern.parallel.mesh import ALONE, FIRST, Place
 from pipekern.parallel.replicas import Replicas
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.blueprint import Blueprint
-from pipekern.runtime.collective import Star, root_links, star_links
-from pipekern.runtime.deltas import Deltas, Ties, tie_links
+from pipekern.runtime.collective import Star
+from pipekern.runtime.deltas import Deltas, Ties
 from pipekern.runtime.detours import Detours
 from pipekern.runtime.executor import Executor
 from pipekern.runtime.generate import Generator
@@ -30,7 +30,7 @@ from pipekern.runtime.runner import Held, Runner
 from pipekern.stage.random import unit_keys
 from pipekern.stage.stage import Stage
 from pipekern.stage.unit import Unit
-from pipekern.transport.base import Link, Receiver, Sender, Transport
+from pipekern.transport.base import Receiver, Sender, Transport
 
 _TRAIN = {
     "RECV_F": "receive_forward", "F": "forward", "SEND_F": "send_forward",
@@ -39,31 +39,6 @@ _TRAIN = {
     "GATHER": "begin_gather", "JOIN": "join", "REDUCE": "begin_reduce",
 }  # fmt: skip
 _EVALUATE = {"RECV_F": "receive_evaluate", "F": "evaluate", "SEND_F": "send_evaluate"}
-
-
-def links(blueprint: Blueprint, codec: str) -> list[Link]:
-    """Every link of a pipeline, in the same order on every rank: between stages with ``codec``, between holders of a
-    weight, and the star.
-    """
-    home = blueprint.schedule.stage_rank
-    between = [Link(f"{a}>{b}", home[a], home[b], slots, codec) for (a, b), slots in sorted(blueprint.slots().items())]
-    return between + tie_links(blueprint.ties) + star_links(blueprint.schedule.ranks, blueprint.root_rank)
-
-
-def all_links(blueprint: Blueprint, codec: str, grid: Grid) -> list[Link]:
-    """The links of every pipeline of the job, each pipeline's with a prefix of its own, between ranks of the job."""
-    found = []
-    for index, first in enumerate(grid.pipelines):
-        home = [grid.rank(first._replace(pp=rank)) for rank in range(blueprint.schedule.ranks)]
-        for link in links(blueprint, codec):
-            name = prefix(index, grid) + link.name
-            found.append(link._replace(name=name, source=home[link.source], target=home[link.target]))
-    return found + root_links([grid.rank(first._replace(pp=blueprint.root_rank)) for first in grid.pipelines])
-
-
-def prefix(pipeline: int, grid: Grid) -> str:
-    """What the names of a pipeline's links begin with."""
-    return f"pipeline {pipeline} " if len(grid.pipelines) > 1 else ""
 
 
 class Assembly:
@@ -151,7 +126,9 @@ class Assembly:
                 self.replicas.equalise(tensor.detach())
         blueprint = self.blueprint
         if blueprint.layouts:
-            named = {i: [p for unit in stage.units for p in unit.named_parameters()] for i, stage in self.stages.items()}
+            named = {
+                i: [p for unit in stage.units for p in unit.named_parameters()] for i, stage in self.stages.items()
+            }
             self.store = Store(named, blueprint.layouts, blueprint.dtypes, self.replicas, self.zero)
             self.parameters = self.store.parameters
             self.ties.hold(self.parameters)

@@ -13,9 +13,9 @@ from torch import nn
 from pipekern import schedule as schedules
 from pipekern._version import __version__
 from pipekern.errors import ConfigError
+from pipekern.optim.store import PRECISIONS, Dtypes, Layout, lay_out, low_precision
 from pipekern.plan.choose import choose
 from pipekern.plan.partition import partition
-from pipekern.optim.store import PRECISIONS, Dtypes, Layout, lay_out, low_precision
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.recomputation import recomputation

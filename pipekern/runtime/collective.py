@@ -78,8 +78,8 @@ class Star:
         return message.value.clone()
 
     def gather(self, value: Any) -> list[Any]:
-        """``value`` of every rank of this pipeline, by rank, on each of them (of every process, where one has all ranks);
-        collective. Values are what a message can carry.
+        """``value`` of every rank of this pipeline, by rank, on each of them; where one process has all ranks, its own.
+        Collective. Values are what a message can carry.
         """
         if self.rank is None:
             return [value]

@@ -21,34 +21,34 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 class Verdict(NamedTuple):
     """What the last stage tells all ranks of a step: ``total``, the weighted sum of its losses, 0-d float64, None for
-    an evaluation without targets; their ``dtype``; and, where the loss is a pair (sum, count), the ``count``, by which
+    an evaluation without targets; their ``dtype``; and, where the loss is a pair (sum, count), the ``counted``, by which
     every gradient must still be divided.
     """
 
     total: Tensor | None
     dtype: torch.dtype = torch.float32
-    count: Tensor | None = None
+    counted: Tensor | None = None
 
     @property
     def loss(self) -> Tensor | None:
         """Of the batch, 0-d."""
         if self.total is None:
             return None
-        return (self.total if self.count is None else self.total / self.count).to(self.dtype)
+        return (self.total if self.counted is None else self.total / self.counted).to(self.dtype)
 
     @property
     def divisor(self) -> float | None:
-        return None if self.count is None else float(self.count)
+        return None if self.counted is None else float(self.counted)
 
     def encode(self) -> Tensor:
         """Four float64 numbers for a message, on the device of the loss, which is not waited for."""
         kind = -1 if self.total is None else _DTYPES.index(self.dtype)
-        numbers = torch.tensor([0.0, kind, self.count is not None, 1.0], dtype=torch.float64)
+        numbers = torch.tensor([0.0, kind, self.counted is not None, 1.0], dtype=torch.float64)
         if self.total is not None:
             numbers = numbers.to(self.total.device, non_blocking=True)
             numbers[0] = self.total
-        if self.count is not None:
-            numbers[3] = self.count
+        if self.counted is not None:
+            numbers[3] = self.counted
         return numbers
 
     @classmethod
@@ -66,7 +66,7 @@ class Verdict(NamedTuple):
         if first.total is None:
             return first
         totals = torch.stack([one.total for one in replicas if one.total is not None])
-        counts = [one.count for one in replicas if one.count is not None]
+        counts = [one.counted for one in replicas if one.counted is not None]
         return cls(totals.sum(), first.dtype, torch.stack(counts).sum() if counts else None)
 
 

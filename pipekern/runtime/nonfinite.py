@@ -68,9 +68,7 @@ class Guard:
                 return Judgement(True, "")
         if not bad or self._policy == "ignore":
             return Judgement(False, "")
-        return Judgement(
-            False, f"step {batch.step} is not finite (loss {float(loss):g}), {locate(self._parts, batch)}"
-        )
+        return Judgement(False, f"step {batch.step} is not finite (loss {float(loss):g}), {locate(self._parts, batch)}")
 
     def _finite(self, loss: Tensor) -> bool:
         gradients = [p.grad for p in self._parts.parameters.values() if p.grad is not None]

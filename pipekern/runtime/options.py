@@ -54,7 +54,13 @@ class Options:
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
         check_name(self.transport)
-        for name, choices in (("recompute", (*CHOICES, "auto")), ("on_nonfinite", POLICIES), ("codec", CODECS), ("zero", range(4)), ("precision", (None, *PRECISIONS))):
+        for name, choices in (
+            ("recompute", (*CHOICES, "auto")),
+            ("on_nonfinite", POLICIES),
+            ("codec", CODECS),
+            ("zero", range(4)),
+            ("precision", (None, *PRECISIONS)),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
         if self.loss_scale is not None and self.precision != "fp16":

@@ -42,7 +42,7 @@ def load(
     state: Mapping[str, torch.Tensor],
     put: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """``put`` the entries of ``own`` out of ``state``. Raises ``ConfigError`` for those that are missing or do not fit."""
+    """``put`` the entries of ``own`` out of ``state``. Raises ``ConfigError`` for what is missing or does not fit."""
     missing = sorted(own.keys() - state.keys())
     wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if missing or wrong:

@@ -18,16 +18,15 @@ from pipekern.optim.scale import LossScale
 from pipekern.parallel.mesh import Mesh
 from pipekern.runtime import microbatch, optimizer, saving
 from pipekern.runtime.batch import Batch, divide
-from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor
 from pipekern.runtime.measure import gathered
-from pipekern.runtime.nonfinite import Guard
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.parameters import StageParameters, load
 from pipekern.runtime.prompts import Ids, join, prepare
 from pipekern.runtime.sampling import Sampling
 from pipekern.runtime.skips import Hop
 from pipekern.runtime.start import start
+from pipekern.runtime.training import Training
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.random import preserved, step_key
 from pipekern.stage.spec import LayerSpec
@@ -65,6 +64,14 @@ class Pipeline:
     * ``codec``: how activations and gradients travel between CUDA devices: as they are, float32 as ``"bf16"``, or all
       floats as ``"fp8"`` with a scale each 128 values; what arrives has its dtype again. ``pk.plan.choose_codec`` tells
       by a link's bandwidth.
+    * ``mesh``: a ``DeviceMesh`` with dimensions out of "pp", "dp" and "tp", or their sizes, ``{"pp": 2, "dp": 2}``: each
+      data-parallel replica passes a batch of its own, and gradients are those of the mean over all. They are summed
+      once a step, as soon as a stage's last weight work is done.
+    * ``precision``: ``"bf16"`` or ``"fp16"``: stages compute in it, gradients are summed in float32, and ``parameters()``
+      are float32 masters, which any optimizer can change. fp16 has a ``loss_scale`` (by default a ``pk.optim.LossScale``):
+      a step that overflows is left out on all ranks, its ``.grad`` is None, and the scale is lowered.
+    * ``zero``: what replicas share out: 1 optimizer state and masters, 2 gradients too, 3 the weights between a step's
+      last use and the next step. ``parameters()`` are then one-dimensional shards, ``state_dict()`` is whole.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
@@ -105,12 +112,11 @@ class Pipeline:
         )  # fmt: skip
         self.loss_path = self._parts.loss_path
         self.loss_scale = (loss_scale or LossScale()) if precision == "fp16" else None
-        self._guard = Guard(self._parts, on_nonfinite, self.loss_scale)
+        self._training = Training(self._parts, on_nonfinite, self.loss_scale)
         self._seed = seed
         self._step = 0
         self._closed = ""
         self._executor: Executor = self._parts.train
-        self._loss_is_pair: bool | None = None  # known after the first step
         self._optimizer: torch.optim.Optimizer | None = None
         self._finalizer = weakref.finalize(self, self._parts.transport.close)
         with self._running():
@@ -124,36 +130,12 @@ class Pipeline:
 
         ``x`` is needed where the first stage is, ``y`` where the last is; elsewhere they may be None.
         """
-        parts = self._parts
         with self._running():
-            batch = self._batch(x, y, training=True)
-            whole = self._loss_is_pair is not False or self._guard.drops or parts.store is not None
-            if parts.store is not None:
-                parts.store.part()
-            deltas = Deltas(self._parameters() if whole else parts.ties.parameters)
-            if parts.store is not None:
-                parts.store.begin()
-            with preserved(parts.devices):
-                self._run(parts.train, batch)
-            verdict, loss = parts.verdict(batch), parts.loss
-            if parts.store is not None:
-                parts.store.finish()
-            parts.ties.reduce(batch.tag)
-            deltas.divide(loss.scale * (1.0 if verdict.divisor is None else verdict.divisor))
-            parts.refuse_held()
-            assert verdict.loss is not None
-            overflow, trouble = self._guard.judge(batch, verdict.loss)
-            if overflow:
-                deltas.clear()
-            elif trouble and self._guard.drops:
-                deltas.drop()
-            else:
-                deltas.merge()
-            self._loss_is_pair = verdict.divisor is not None
+            loss, trouble = self._training.step(self._batch(x, y, training=True), self._run)
             self._step += 1
         if trouble:
-            self._guard.report(trouble)
-        return verdict.loss
+            self._training.guard.report(trouble)
+        return loss
 
     def eval_step(self, x: Any = None, y: Any = None) -> Any:
         """Forward of one batch in evaluation mode, without gradients and without changing a buffer or a random number.
@@ -267,8 +249,8 @@ class Pipeline:
         return self._optimizer
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """This process's parameters and buffers under their names in the original module; over all ranks, every
-        name.
+        """This process's parameters and buffers under their names in the original module; over all ranks, every name.
+        Under ``precision`` the masters; collective where ``zero`` is at least 1.
         """
         return self._parts.state()
 
@@ -323,9 +305,9 @@ class Pipeline:
             total, bad = clip.total_norm(rows, norm_type)
         if bad >= 0:
             name = next(name for name, index in place.items() if index == bad)
-            for parameter in self._parameters() if self._guard.drops else ():
+            for parameter in self._parameters() if self._training.guard.drops else ():
                 parameter.grad = None
-            self._guard.report(f"the norm of the gradient of {name} is not finite")
+            self._training.guard.report(f"the norm of the gradient of {name} is not finite")
         clip.scale(self._parameters(), max_norm, total)
         return total
 

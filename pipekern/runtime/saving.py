@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from pipekern.errors import CheckpointError, ConfigError
 from pipekern.optim.scale import LossScale
 from pipekern.runtime import generators
 from pipekern.runtime.assembly import Assembly
-from pipekern.runtime.blueprint import Blueprint
 from pipekern.runtime.collective import Star
+from pipekern.runtime.names import Names
 from pipekern.runtime.optimizer_state import OptimizerState
 from pipekern.stage.unit import Unit
 
@@ -36,36 +35,6 @@ Folder = str | os.PathLike[str]
 Optimizer = torch.optim.Optimizer | None
 Sources = dict[str, Callable[[], Tensor]]  # by key
 Targets = list[tuple[str, Callable[[Tensor], object]]]  # key, and what takes its tensor
-
-
-@dataclass(frozen=True)
-class Names:
-    """``first`` gives every name in the model's state the first one of what it is tied to, and that one ``unit``, the
-    index of the unit whose file it is in.
-    """
-
-    first: dict[str, str]
-    unit: dict[str, int]
-
-    @staticmethod
-    def of(blueprint: Blueprint) -> Names:
-        known = set(blueprint.state)
-        places: dict[int, str] = {}
-        parameters = {name: place for name, place in blueprint.parameters.items() if name in known}
-        shared = {name: places.setdefault(place, name) for name, place in parameters.items()}
-        first: dict[str, str] = {}
-        home: dict[str, int] = {}
-        for index, unit in enumerate(unit for units in blueprint.stages for unit in units):
-            for name in unit.state():
-                if name in known:
-                    first[name] = shared.get(name, name)
-                    home.setdefault(first[name], index)
-        return Names(first, home)
-
-    @property
-    def ties(self) -> dict[str, str]:
-        """The first name of each other one."""
-        return {name: first for name, first in self.first.items() if name != first}
 
 
 def sources(parts: Assembly, names: Names, optimizer: OptimizerState | None) -> dict[int, Sources]:
@@ -140,9 +109,7 @@ def save(
     save_shards(folder, shards(), values, rank=rank, gather=gather)
 
 
-def load(
-    parts: Assembly, optimizer: Optimizer, scale: LossScale | None, seed: int, folder: Folder
-) -> tuple[int, Any]:
+def load(parts: Assembly, optimizer: Optimizer, scale: LossScale | None, seed: int, folder: Folder) -> tuple[int, Any]:
     """Steps taken and ``data``; see ``Pipeline.load``."""
     rank, gather = parts.star.number, _gather(parts.star)
     names = Names.of(parts.blueprint)

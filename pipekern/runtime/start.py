@@ -11,9 +11,10 @@ import torch
 from pipekern.errors import ConfigError, PipekernError
 from pipekern.parallel.mesh import FIRST, Grid, groups
 from pipekern.parallel.replicas import Replicas, speed
-from pipekern.runtime.assembly import Assembly, all_links, build_stages, links, prefix
+from pipekern.runtime.assembly import Assembly, build_stages
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
 from pipekern.runtime.head_loss import choose_head
+from pipekern.runtime.links import all_links, links, prefix
 from pipekern.runtime.limits import limits, memory_of
 from pipekern.runtime.options import Options
 from pipekern.runtime.profile import LayerCosts
@@ -51,7 +52,8 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     every = links(blueprint, options.codec) if world is None else all_links(blueprint, options.codec, grid)
     opened = open_transport(options.transport, every, devices, world)
     start = prefix(place.dp * grid.sizes.tp + place.tp, grid)
-    senders, receivers = ({n.removeprefix(start): end for n, end in ends.items()} for ends in opened[1:])
+    senders = {name.removeprefix(start): end for name, end in opened.senders.items()}
+    receivers = {name.removeprefix(start): end for name, end in opened.receivers.items()}
     if replicas is not None:
         replicas.watch(opened.transport.check)
     return Assembly(

@@ -24,8 +24,9 @@ Edge = tuple[int, int]
 class Instruction(NamedTuple):
     """One thing that the rank of ``stage`` does.
 
-    ``op`` is F, B, W or BW, one of ``collectives.py``, or: RECV_F receives an activation from ``peer``, the stage before or one that skips to this
-    one, SEND_F sends it to a stage after, RECV_B receives the gradient from there, SEND_B sends it back.
+    ``op`` is F, B, W or BW, one of ``collectives.py``, or: RECV_F receives an activation from ``peer``, the stage before
+    or one that skips to this one, SEND_F sends it to a stage after, RECV_B receives the gradient from there, SEND_B
+    sends it back.
     """
 
     op: str
@@ -59,7 +60,9 @@ class Program(NamedTuple):
 
 
 def program(
-    schedule: Schedule, skips: Collection[Edge] = (), collectives: Collectives = Collectives()  # noqa: B008
+    schedule: Schedule,
+    skips: Collection[Edge] = (),
+    collectives: Collectives = Collectives(),  # noqa: B008
 ) -> Program:
     """Check ``schedule`` and insert its sends and receives; raises ``ScheduleError`` that lists every fault.
 
@@ -143,7 +146,9 @@ def _with_collectives(
                 out.append(Instruction("JOIN", action.stage, 0))
             out.append(instruction)
             if last.get(action.stage) == action:
-                begun = [Instruction("REDUCE", action.stage, i) for i in range(collectives.reduces.get(action.stage, 0))]
+                begun = [
+                    Instruction("REDUCE", action.stage, i) for i in range(collectives.reduces.get(action.stage, 0))
+                ]
         found.append((*out, *begun))
     return tuple(found)
 

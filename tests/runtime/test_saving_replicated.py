@@ -64,7 +64,9 @@ def trained(layout: Layout, *args: Any) -> tuple[list[float], dict[str, torch.Te
     return rows[0]["losses"], state
 
 
-@pytest.mark.parametrize("pair", [(Layout(2, 2, 1), Layout(2, 1, 0)), (Layout(1, 2, 3), Layout(2, 2, 2, "zb-h1"))], ids=str)
+@pytest.mark.parametrize(
+    "pair", [(Layout(2, 2, 1), Layout(2, 1, 0)), (Layout(1, 2, 3), Layout(2, 2, 2, "zb-h1"))], ids=str
+)
 def test_what_is_loaded_was_saved(pair: tuple[Layout, Layout], tmp_path: Path) -> None:
     check(*pair, tmp_path, "bf16", fused=True)
 
