@@ -171,7 +171,7 @@ def ours(task: Task, *, stages: int, transport: str) -> Running:
     pk.nn.fuse(model)
     pipe = pk.Pipeline(
         model, loss_fn=loss_fn, microbatches=task.microbatches, ranks=stages, devices=[task.device],
-        transport=transport,
+        transport=transport, precision="bf16",
     )  # fmt: skip
     del model
     optimizer = pipe.optimizer(pk.optim.AdamW, max_norm=MAX_NORM, **OPTIONS)
