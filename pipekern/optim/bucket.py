@@ -36,8 +36,8 @@ class Piece(NamedTuple):
 
 
 class Bucket:
-    """``parameters``, of one dtype, by name. ``low``: the dtype in which the stage computes, with float32 masters; where
-    it is None, their own.
+    """``parameters``, of one dtype, by name. ``low``: the dtype in which the stage computes, with float32 masters;
+    where it is None, their own.
 
     Their memory is taken over: each becomes a view. ``replicas`` is None where there is one.
     """

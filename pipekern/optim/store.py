@@ -191,7 +191,7 @@ class Store:
         return {name: torch.empty(p.shape, dtype=dtypes[id(p)], device="meta") for name, p in known.items()}
 
     def part_of(self, name: str, value: Tensor) -> Tensor:
-        """What of ``value`` belongs to the piece of the parameter ``name``: all where it has not the parameter's shape."""
+        """What of ``value`` belongs to the piece of the parameter ``name``; all, if its shape is another."""
         parameter = self._known[name]
         piece = self._own.get(id(parameter))
         if piece is None or value.shape != parameter.shape:

@@ -21,8 +21,8 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 class Verdict(NamedTuple):
     """What the last stage tells all ranks of a step: ``total``, the weighted sum of its losses, 0-d float64, None for
-    an evaluation without targets; their ``dtype``; and, where the loss is a pair (sum, count), the ``counted``, by which
-    every gradient must still be divided.
+    an evaluation without targets; their ``dtype``; and, where the loss is a pair (sum, count), the ``counted``, by
+    which every gradient must still be divided.
     """
 
     total: Tensor | None

@@ -64,12 +64,12 @@ class Pipeline:
     * ``codec``: how activations and gradients travel between CUDA devices: as they are, float32 as ``"bf16"``, or all
       floats as ``"fp8"`` with a scale each 128 values; what arrives has its dtype again. ``pk.plan.choose_codec`` tells
       by a link's bandwidth.
-    * ``mesh``: a ``DeviceMesh`` with dimensions out of "pp", "dp" and "tp", or their sizes, ``{"pp": 2, "dp": 2}``: each
-      data-parallel replica passes a batch of its own, and gradients are those of the mean over all. They are summed
-      once a step, as soon as a stage's last weight work is done.
-    * ``precision``: ``"bf16"`` or ``"fp16"``: stages compute in it, gradients are summed in float32, and ``parameters()``
-      are float32 masters, which any optimizer can change. fp16 has a ``loss_scale`` (by default a ``pk.optim.LossScale``):
-      a step that overflows is left out on all ranks, its ``.grad`` is None, and the scale is lowered.
+    * ``mesh``: a ``DeviceMesh`` with dimensions out of "pp", "dp" and "tp", or their sizes, ``{"pp": 2, "dp": 2}``.
+      Each data-parallel replica passes a batch of its own, and gradients are those of the mean over all. They are
+      summed once a step, as soon as a stage's last weight work is done.
+    * ``precision``: ``"bf16"`` or ``"fp16"``: stages compute in it, gradients are summed in float32, and
+      ``parameters()`` are float32 masters, which any optimizer can change. fp16 has a ``loss_scale``, by default a
+      ``pk.optim.LossScale``: a step that overflows is left out on all ranks, its ``.grad`` is None, the scale lowered.
     * ``zero``: what replicas share out: 1 optimizer state and masters, 2 gradients too, 3 the weights between a step's
       last use and the next step. ``parameters()`` are then one-dimensional shards, ``state_dict()`` is whole.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.

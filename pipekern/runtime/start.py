@@ -14,8 +14,8 @@ from pipekern.parallel.replicas import Replicas, speed
 from pipekern.runtime.assembly import Assembly, build_stages
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
 from pipekern.runtime.head_loss import choose_head
-from pipekern.runtime.links import all_links, links, prefix
 from pipekern.runtime.limits import limits, memory_of
+from pipekern.runtime.links import all_links, links, prefix
 from pipekern.runtime.options import Options
 from pipekern.runtime.profile import LayerCosts
 from pipekern.transport.agree import disagreements

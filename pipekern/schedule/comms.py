@@ -24,9 +24,9 @@ Edge = tuple[int, int]
 class Instruction(NamedTuple):
     """One thing that the rank of ``stage`` does.
 
-    ``op`` is F, B, W or BW, one of ``collectives.py``, or: RECV_F receives an activation from ``peer``, the stage before
-    or one that skips to this one, SEND_F sends it to a stage after, RECV_B receives the gradient from there, SEND_B
-    sends it back.
+    ``op`` is F, B, W or BW, one of ``collectives.py``, or: RECV_F receives an activation from ``peer``, the stage
+    before or one that skips to this one, SEND_F sends it to a stage after, RECV_B receives the gradient from there,
+    SEND_B sends it back.
     """
 
     op: str
