@@ -85,7 +85,9 @@ class Store:
         self._own = {id(piece.of): piece for bucket in self for piece in bucket.pieces}
         own = {name: self._own[id(p)].parameter for name, p in self._known.items() if id(p) in self._own}
         self.parameters = {n: own.get(n, p) for n, p in self._known.items() if n in own or id(p) not in moved}
-        self._gathers: list[Pending] = []
+        places = {id(p): (s, i) for s, buckets in self.buckets.items() for i, b in enumerate(buckets) for p in b.parameters}
+        self._uses = {s: {places[id(p)] for _, p in named if id(p) in places} for s, named in stages.items()}
+        self._gathers: dict[tuple[int, int], Pending] = {}
         self.spans: list[tuple[str, int, int, Pending]] = []
 
     def __iter__(self) -> Iterator[Bucket]:
@@ -111,7 +113,7 @@ class Store:
         """GATHER: begin to make the values of a bucket."""
         pending = self.buckets[stage][index].gather()
         if pending is not None:
-            self._gathers.append(pending)
+            self._gathers[stage, index] = pending
             self._begun("GATHER", stage, index, pending)
 
     def _begun(self, op: str, stage: int, index: int, pending: Pending) -> None:
@@ -119,11 +121,10 @@ class Store:
             earlier.done()
         self.spans.append((op, stage, index, pending))
 
-    def join(self) -> None:
-        """JOIN: wait for the gathers so far."""
-        for pending in self._gathers:
-            pending.wait()
-        self._gathers.clear()
+    def join(self, stage: int) -> None:
+        """JOIN: wait for the values that ``stage`` computes with."""
+        for key in sorted(self._uses[stage] & self._gathers.keys()):
+            self._gathers.pop(key).wait()
 
     def reduce(self, stage: int, index: int) -> None:
         """REDUCE: begin the sum of a bucket's gradients over the replicas; its values are not needed any more."""
@@ -159,7 +160,8 @@ class Store:
         for stage, buckets in self.buckets.items():
             for index in range(len(buckets)):
                 self.gather(stage, index)
-        self.join()
+        for stage in self.buckets:
+            self.join(stage)
         try:
             yield
         finally:

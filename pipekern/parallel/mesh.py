@@ -46,6 +46,8 @@ class Grid:
         """
         if isinstance(mesh, DeviceMesh):
             return cls._from_tensor(mesh.mesh, tuple(mesh.mesh_dim_names or ()), world_size)
+        if not isinstance(mesh, Mapping | None):
+            raise ConfigError(f"mesh={mesh!r}; give a DeviceMesh, or sizes such as {{'dp': 2}}")
         sizes = dict(mesh or {})
         if "pp" not in sizes:
             others = math.prod(size for size in sizes.values() if isinstance(size, int)) or 1

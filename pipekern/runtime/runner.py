@@ -146,7 +146,7 @@ class Runner(Lane):
     def join(self, _: int) -> None:
         """JOIN."""
         if self.store is not None:
-            self.store.join()
+            self.store.join(self.stage.index)
 
     def begin_reduce(self, bucket: int) -> None:
         """REDUCE."""

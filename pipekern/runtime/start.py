@@ -58,7 +58,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
         replicas.watch(opened.transport.check)
     return Assembly(
         blueprint, rank, stages, options.loss_fn, loss_path, opened.transport, senders, receivers,
-        place, grid.sizes, replicas, options.zero,
+        place, grid.sizes, replicas, options.zero if replicas is not None else 0,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What goes between the replicas of a stage, as instructions of the program.
 
     GATHER s i   begin to fetch bucket i of stage s, before anything else       (shards of values, ZeRO)
-    JOIN s 0     wait until all of them are there, before the first forward
+    JOIN s 0     wait until those with parameters of stage s are there, before its first forward
     REDUCE s i   begin to sum bucket i of its gradients, after its last weight work and what that sends
 
 Whoever begins one goes on at once. All replicas of a rank have the same program, so that they begin them in the same

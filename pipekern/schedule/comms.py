@@ -12,7 +12,7 @@ from pipekern.schedule.collectives import Collectives, first_forwards, last_weig
 from pipekern.schedule.ir import Action, Schedule
 from pipekern.schedule.simulate import Costs, simulate
 from pipekern.schedule.validate import check_order, deadlock
-from pipekern.trace.timeline import Span
+from pipekern.trace.timeline import COMPUTE, Span
 
 SENDS = ("SEND_F", "SEND_B")
 RECEIVES = ("RECV_F", "RECV_B")
@@ -142,7 +142,7 @@ def _with_collectives(
             if begun and instruction.op not in SENDS:
                 out, begun = out + begun, []
             action = Action(*instruction[:3])
-            if first.get(action.stage) == action and collectives.gathers.get(action.stage):
+            if first.get(action.stage) == action and any(collectives.gathers.get(s) for s in first):
                 out.append(Instruction("JOIN", action.stage, 0))
             out.append(instruction)
             if last.get(action.stage) == action:
@@ -241,7 +241,7 @@ class _BoundedRun:
             if not self._arrived[instruction.edge]:
                 return False
             self._arrived[instruction.edge] -= 1
-        elif self._last[stage, microbatch].op == op:
+        elif op in COMPUTE and self._last[stage, microbatch].op == op:
             for link in self._into[stage]:
                 ring = self._ring[link]
                 ring[ring.index(microbatch)] = -1
