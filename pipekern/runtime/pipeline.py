@@ -64,6 +64,8 @@ class Pipeline:
       by a link's bandwidth.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
+    With stages on the CPU, the process keeps the memory that it frees from now on, see ``runtime/heap.py``.
+
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
     dimension. After an exception a pipeline in one process can be used again (clear the gradients); one among processes
     is closed.
