@@ -8,6 +8,7 @@ from multiprocessing import connection, get_context
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported at run time only
 
 from benchmarks.two_ranks import take_core
 
@@ -19,7 +20,7 @@ class Pair:
     """
 
     def __init__(self, library: str):
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = get_context("spawn")
         self._ends = []
         for rank in range(2):
@@ -32,9 +33,10 @@ class Pair:
         """What rank 0 returns from this method of its ``Rank``, once both have. Raises ``RuntimeError``."""
         for end in self._ends:
             end.send((what, arguments))
-        answers = {}
+        answers: dict[Any, Any] = {}
         while len(answers) < len(self._ends):
-            for end in connection.wait([end for end in self._ends if end not in answers]):
+            ready: list[Any] = connection.wait([end for end in self._ends if end not in answers])
+            for end in ready:  # not one after the other: a rank that fails leaves the other one waiting for it
                 answers[end] = end.recv()
                 if isinstance(answers[end], RuntimeError):
                     raise answers[end]
