@@ -41,8 +41,8 @@ class Pipeline:
     micro-batch.
 
     * ``loss_fn(output, y)`` returns a scalar, which counts by its samples, or a pair (sum, count).
-    * ``devices``: one a rank; by default the GPUs, else the CPU. ``chunks``: stages a rank; by default the schedule's
-      own.
+    * ``devices``: one a rank; by default the GPUs, else the CPU, where the process keeps the memory that it frees, see
+      ``runtime/heap.py``. ``chunks``: stages a rank; by default the schedule's own.
     * ``schedule``: a name, a ``Schedule``, or ``"auto"``: what has the shortest simulated step.
     * ``split``: units a stage, or ``LayerCosts`` from ``pk.profile``; by default estimated.
     * ``recompute``: ``"full"`` keeps the input of each unit and runs it again in the backward, ``"selective"`` also
@@ -63,8 +63,6 @@ class Pipeline:
       floats as ``"fp8"`` with a scale each 128 values; what arrives has its dtype again. ``pk.plan.choose_codec`` tells
       by a link's bandwidth.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
-
-    With stages on the CPU, the process keeps the memory that it frees from now on, see ``runtime/heap.py``.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
     dimension. After an exception a pipeline in one process can be used again (clear the gradients); one among processes
