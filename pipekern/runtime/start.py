@@ -14,6 +14,7 @@ from pipekern.parallel.replicas import Replicas, speed
 from pipekern.runtime.assembly import Assembly, build_stages
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
 from pipekern.runtime.head_loss import choose_head
+from pipekern.runtime.heap import keep_freed_memory
 from pipekern.runtime.limits import limits, memory_of
 from pipekern.runtime.links import all_links, links, prefix
 from pipekern.runtime.options import Options
@@ -45,6 +46,8 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
     if rank is not None:
         free_others(blueprint, owned(blueprint, here))
+    if any(devices[schedule.stage_rank[stage]].type == "cpu" for stage in here):
+        keep_freed_memory()
     if options.fuse_loss is None:  # on a CPU it saves memory and costs time
         options = replace(options, fuse_loss=devices[schedule.stage_rank[-1]].type == "cuda")
     loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
