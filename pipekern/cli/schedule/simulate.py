@@ -16,7 +16,7 @@ def add(actions: Any) -> None:
     """Add the action to the parser's ``actions``."""
     parser = actions.add_parser("simulate", help="time, bubble and memory under given costs")
     add_schedule(parser)
-    add_costs(parser, "pair")
+    add_costs(parser, "pair", "gather", "reduce")
     parser.add_argument(
         "-o",
         "--output",
