@@ -12,7 +12,7 @@ With ``zero`` at least 1 masters and ``reduced`` are this replica's n / replicas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
