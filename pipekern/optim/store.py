@@ -85,7 +85,8 @@ class Store:
         self._own = {id(piece.of): piece for bucket in self for piece in bucket.pieces}
         own = {name: self._own[id(p)].parameter for name, p in self._known.items() if id(p) in self._own}
         self.parameters = {n: own.get(n, p) for n, p in self._known.items() if n in own or id(p) not in moved}
-        places = {id(p): (s, i) for s, buckets in self.buckets.items() for i, b in enumerate(buckets) for p in b.parameters}
+        keys = {(s, i): b for s, buckets in self.buckets.items() for i, b in enumerate(buckets)}
+        places = {id(p): key for key, bucket in keys.items() for p in bucket.parameters}
         self._uses = {s: {places[id(p)] for _, p in named if id(p) in places} for s, named in stages.items()}
         self._gathers: dict[tuple[int, int], Pending] = {}
         self.spans: list[tuple[str, int, int, Pending]] = []

@@ -19,6 +19,7 @@ from pipekern.errors import TransportError
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _SLICE = 0.001  # seconds between two looks at the job
+_GRACE = 1.0  # seconds until it is known who broke a connection
 
 
 class Pending:
@@ -48,9 +49,16 @@ class Pending:
                 self._work.wait()
                 self._then()
         except RuntimeError as error:
-            self._check()
+            self._blame()
             raise TransportError(f"{self.what} between the replicas of a stage failed: {error}") from error
         self._work = None
+
+    def _blame(self) -> None:
+        """Raise what has happened to the job: a broken connection is seen before it is known whose end it was."""
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline:
+            self._check()
+            time.sleep(_SLICE)
 
 
 class Replicas:
@@ -89,9 +97,12 @@ class Replicas:
         return self._pending(_all_gather(values, own, group=self._group, async_op=True), "a gather")
 
     def equalise(self, values: Tensor) -> None:
-        """Take the first replica's ``values``."""
-        work = dist.broadcast(values, group=self._group, group_src=0, async_op=True)
+        """Take the first replica's ``values``, of any dtype and layout."""
+        flat = values.reshape(-1).clone().view(torch.uint8)
+        work = dist.broadcast(flat, group=self._group, group_src=0, async_op=True)
         self._pending(work, "a broadcast").wait()
+        if self.index:
+            values.copy_(flat.view(values.dtype).view(values.shape))
 
     def _share(self, values: Tensor) -> int:
         return values.nbytes * (self.size - 1) // self.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from xml.etree import ElementTree
@@ -29,7 +30,7 @@ def test_golden_program() -> None:
 
 
 def test_golden_program_of_two_chunks() -> None:
-    """Each stage is summed as soon as its own weight work has ended; stage 3 has nothing to gather, but may share it."""
+    """Each stage is summed as soon as its own weight work has ended; stage 3 may share what is gathered."""
     schedule = Schedule.parse(
         "pipekern-schedule name=v microbatches=1 stage_rank=0,1,1,0\n0F0 3F0 3B0 3W0 0B0 0W0\n1F0 2F0 2BW0 1B0 1W0\n"
     )
@@ -145,7 +146,7 @@ def test_laws(seed: int) -> None:
             assert [span.stage for span in beside] == [stage for stage in stages if of[stage]]
             assert all(span.end - span.start == of[span.stage] for span in beside)
             assert all(span.start >= ends[begins[span.stage]] for span in beside if begins)
-            assert all(one.end <= other.start for one, other in zip(beside, beside[1:], strict=False))
+            assert all(one.end <= other.start for one, other in pairwise(beside))
         first = {span.stage: span.end for span in spans if span.op == "GATHER"}
         assert all(span.start >= first.get(span.stage, 0) for span in spans if span.op == "F")
 
