@@ -19,27 +19,20 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Named = Sequence[tuple[str, nn.Parameter]]
 Layout = list[list[str]]  # names by bucket
-Dtypes = Mapping[int, torch.dtype]  # that a stage computes with, by a parameter's id, where it is not the parameter's
+Dtypes = Mapping[str, torch.dtype]  # that a stage computes with, by a parameter's name, where masters are apart
 
 
-def low_precision(modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[int, torch.dtype]:
-    """``dtype`` for every parameter of ``modules`` but those of layers with running statistics, which stay as they are
-    and take inputs of it. Raises ``ConfigError`` for float64.
+def low_precision(named: Named, modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """``dtype`` for every parameter but those of layers among ``modules`` with running statistics, which stay as they
+    are and take inputs of it. Raises ``ConfigError`` for float64.
     """
-    found: dict[int, torch.dtype] = {}
-    kept: set[int] = set()
-    for module in modules:
-        for name, p in module.named_parameters(recurse=False):
-            if p.dtype is torch.float64:
-                raise ConfigError(
-                    f"precision={dtype}: a {type(module).__name__} has a float64 parameter ({name}); call .float() on "
-                    "the model, or leave precision out"
-                )
-            if isinstance(module, _NormBase):
-                kept.add(id(p))
-            elif p.is_floating_point():
-                found[id(p)] = dtype
-    return {key: value for key, value in found.items() if key not in kept}
+    kept = {id(p) for module in modules if isinstance(module, _NormBase) for p in module.parameters(recurse=False)}
+    wide = [name for name, p in named if p.dtype is torch.float64]
+    if wide:
+        raise ConfigError(
+            f"precision={dtype}: {', '.join(wide)} are float64; call .float() on the model, or leave precision out"
+        )
+    return {name: dtype for name, p in named if p.is_floating_point() and id(p) not in kept}
 
 
 def lay_out(stages: Mapping[int, Named], home: Mapping[int, int], dtypes: Dtypes, limit: int) -> dict[int, Layout]:
@@ -51,7 +44,7 @@ def lay_out(stages: Mapping[int, Named], home: Mapping[int, int], dtypes: Dtypes
         kinds: dict[object, dict[int, tuple[str, int]]] = {}
         for name, p in named:
             if p.requires_grad and p.numel() and home.get(id(p), stage) == stage:
-                kind = (dtypes.get(id(p)), p.dtype, getattr(p, "grad_dtype", None), id(p) if id(p) in home else 0)
+                kind = (dtypes.get(name), p.dtype, getattr(p, "grad_dtype", None), id(p) if id(p) in home else 0)
                 kinds.setdefault(kind, {}).setdefault(id(p), (name, p.nbytes))
         layouts[stage] = [run for kind in kinds.values() for run in divide(list(kind.values()), limit)]
     return layouts
@@ -77,11 +70,12 @@ class Store:
         for stage in stages:
             for names in layouts[stage]:
                 named = [(name, self._known[name]) for name in names]
-                self.buckets[stage].append(Bucket(named, dtypes.get(id(named[0][1])), replicas, zero))
+                self.buckets[stage].append(Bucket(named, dtypes.get(names[0]), replicas, zero))
+        self.low = dtypes
         self._moved = moved = {id(p) for bucket in self for p in bucket.parameters}
-        for p in self._known.values():
-            if id(p) not in moved and id(p) in dtypes:
-                p.data = p.data.to(dtypes[id(p)])  # frozen: nobody needs more of it
+        for name, p in self._known.items():
+            if id(p) not in moved and name in dtypes:
+                p.data = p.data.to(dtypes[name])  # frozen: nobody needs more of it
         self._own = {id(piece.of): piece for bucket in self for piece in bucket.pieces}
         own = {name: self._own[id(p)].parameter for name, p in self._known.items() if id(p) in self._own}
         self.parameters = {n: own.get(n, p) for n, p in self._known.items() if n in own or id(p) not in moved}

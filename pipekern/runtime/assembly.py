@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipekern.errors import TransportError
-from pipekern.optim.store import PRECISIONS, Store
+from pipekern.optim.store import Store
 from pipekern.parallel.mesh import ALONE, FIRST, Place
 from pipekern.parallel.replicas import Replicas
 from pipekern.runtime.batch import Batch
@@ -65,7 +65,7 @@ class Assembly:
         self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
         self.loss_path = loss_path
         last = stages.get(blueprint.schedule.stages - 1)
-        self.loss = Loss(loss_fn, None if last is None else last.head, bool(blueprint.dtypes))
+        self.loss = Loss(loss_fn, None if last is None else last.head, blueprint.precision is not None)
         self.senders, self.receivers = senders, receivers
         self.outgoing = Outgoing(transport, self.receivers.values(), alone=rank is None)
         schedule = blueprint.schedule
@@ -298,6 +298,6 @@ def build_stages(
             blueprint.schedule.defers,
             blueprint.recompute[index],
             choose_head(units, options.loss_fn, options.fuse_loss)[0] if last else None,
-            None if options.precision is None else PRECISIONS[options.precision],
+            blueprint.precision,
         )
     return stages

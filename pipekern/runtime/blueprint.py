@@ -34,7 +34,7 @@ class Blueprint:
 
     ``recompute[s]`` says what of each of them is made again. ``parameters`` gives every name its place in the model's
     order; names of one tied weight share theirs. ``layouts[s]`` are the names of the trained parameters of stage s that
-    lie together where a ``Store`` has them, and ``dtypes`` what stages compute with, by a parameter's id.
+    lie together where a ``Store`` has them, and ``dtypes`` what stages compute with, by a parameter's name.
     """
 
     root: nn.Module
@@ -49,7 +49,8 @@ class Blueprint:
     state: list[str]
     skips: tuple[Hop, ...]
     layouts: dict[int, Layout]
-    dtypes: dict[int, torch.dtype]
+    dtypes: dict[str, torch.dtype]
+    precision: torch.dtype | None
 
     @property
     def direct(self) -> dict[Edge, list[str]]:
@@ -104,11 +105,12 @@ def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25,
     direct = sent_directly(skips)
     place: dict[int, int] = {}
     parameters = {name: place.setdefault(id(p), len(place)) for unit in units for name, p in unit.named_parameters()}
-    dtypes: dict[int, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     layouts: dict[int, Layout] = {}
     if options.precision is not None:
         modules = [module for unit in units for module in unit.train.modules()]
-        dtypes = low_precision(modules, PRECISIONS[options.precision])
+        named = [pair for unit in units for pair in unit.named_parameters()]
+        dtypes = low_precision(named, modules, PRECISIONS[options.precision])
     if dtypes or replicas > 1:
         layouts = _layouts(order, stages, dtypes, bucket, together)
     counts_of = {stage: len(layout) for stage, layout in layouts.items()} if replicas > 1 else {}
@@ -128,6 +130,7 @@ def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25,
         skips,
         layouts,
         dtypes,
+        None if options.precision is None else PRECISIONS[options.precision],
     )
 
 

@@ -95,7 +95,7 @@ class Stage:
         scalar that the backward starts from.
         """
         leaves = [t for t in _gradient_leaves(value) if t.is_leaf]  # a batch may have a graph of its own before it
-        value = self._cast(value)
+        value = cast(value, self._dtype)
         if self._copies_input:  # a batch too: micro-batches are views of it, and autograd takes all for written
             value = map_tensors(torch.clone, value)
         try:
@@ -120,15 +120,10 @@ class Stage:
 
     def evaluate(self, value: Any, loss: Callable[[Any], torch.Tensor] | None = None) -> Any:
         """Run the units without random numbers or gradients, and ``loss``; the caller holds ``torch.no_grad()``."""
-        value = self._cast(value)
+        value = cast(value, self._dtype)
         if loss is None:
             return self._evaluate(self._keys[0], value)
         return loss(self._evaluate_to_loss(self._keys[0], value))
-
-    def _cast(self, value: Any) -> Any:
-        if self._dtype is None:
-            return value
-        return map_tensors(lambda t: t.to(self._dtype) if t.is_floating_point() else t, value)
 
     def backward(self, microbatch: int, gradients: Any) -> Any:
         """Gradients of the forward's leaves, from those of its outputs; both one tensor, or a list, None where there is
@@ -200,6 +195,11 @@ def _own_gradients(fresh: Sequence[nn.Parameter], used: Sequence[torch.Tensor | 
             grad = parameter.grad = grad.clone()
         memory.add(grad.untyped_storage().data_ptr())
     return [p for p in fresh if p.grad is None]
+
+
+def cast(value: Any, dtype: torch.dtype | None) -> Any:
+    """``value`` with its floats in ``dtype``; as it is for None."""
+    return value if dtype is None else map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, value)
 
 
 def detached(value: Any) -> Any:

@@ -47,7 +47,7 @@ def _golden() -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_golden(size: int) -> None:
-    """1 + 2 is 3, 1 + 2 + 3 is 6. A ring sends (n - 1) / n of the bytes for a scatter or a gather, twice that for a sum."""
+    """1 + 2 is 3, 1 + 2 + 3 is 6. A ring sends (n - 1) / n of the bytes to scatter or gather, twice that to sum."""
     total = torch.arange(1.0, 7.0) * (3 if size == 2 else 6)
     share = 24 * (size - 1) // size
     for index, found in enumerate(values(launch(_golden, size))):

@@ -58,7 +58,7 @@ def test_wrong_bytes() -> None:
 
 
 def test_bytes_over_replicas() -> None:
-    """With bf16 on 4 replicas: 2 + 4 + 12 bytes a parameter; then moments and masters, gradients, weights a share each."""
+    """With bf16 on 4 replicas: 2 + 4 + 12 bytes a parameter; then moments and masters, gradients, weights in shares."""
     assert ParameterBytes(2, 4, 12) == MIXED.over(4, 0)
     assert MIXED.over(4, 1) == ParameterBytes(2, 4 + 1, 3)
     assert MIXED.over(4, 2, resting=True) == ParameterBytes(2, 1, 3)
