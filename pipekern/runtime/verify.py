@@ -55,7 +55,8 @@ def verify(pipe: Pipeline, x: Any, y: Any) -> Verification:
 
     Every rank gives the whole batch and gets the same answer. The rank of the last stage holds the whole model
     meanwhile. Gradients, buffers, random state and the step count are left as they were. Under ``precision`` the
-    unsplit model computes in it, too. Raises ``ConfigError`` where a mesh has several replicas or tensor-parallel parts.
+    unsplit model computes in it, too. Raises ``ConfigError`` where a mesh has several replicas or tensor-parallel
+    parts.
     """
     star = pipe._parts.star
     if star.pipelines > 1:

@@ -105,7 +105,8 @@ def _equalise() -> tuple[list[list[int]], list[str]]:
     made = [
         torch.full((), n, dtype=torch.int64), torch.tensor([n == 0, n == 1]), torch.full((3,), n, dtype=torch.bfloat16),
         torch.full((2, 3), float(n)).t(), torch.full((1, 2, 3, 3), float(n)).to(memory_format=torch.channels_last),
-        torch.full((2,), n, dtype=torch.uint8), torch.full((2,), n + 1j), torch.full((0,), float(n)), torch.arange(6.0)[::2] + n, torch.full((2,), n, dtype=torch.int32),
+        torch.full((2,), n, dtype=torch.uint8), torch.full((2,), n + 1j), torch.full((0,), float(n)),
+        torch.arange(6.0)[::2] + n, torch.full((2,), n, dtype=torch.int32),
         torch.full((2,), float(n)).to(torch.float8_e4m3fn),
     ]  # fmt: skip
     for value in made:
