@@ -179,9 +179,9 @@ def on_tables(dtype: torch.dtype, elements: int) -> None:
 
 
 SIZES: dict[Calls, tuple[int, ...]] = {
-    on_rows: (1024, 4096, 8192, 32768),
-    on_heads: (64, 128),
-    on_logits: (32768, 128256),
+    on_rows: (1000, 1024, 4096, 8192, 32768),
+    on_heads: (64, 80, 128),
+    on_logits: (32768, 50257, 128256),
     on_tables: (2**24,),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, processors, tl
-from .layout import added, check_shapes, finish, lead, slabs, sums, tile, vector
+from .layout import added, check_shapes, even, finish, lead, slabs, step, sums, tile, vector
 from .library import define
 
 
@@ -29,16 +29,17 @@ def _write(y, weight, w0, bias, b0, value, at, mask):
 @jit
 def _forward(
     x, x0, x1, x2, x3, residual, r0, r1, r2, r3, weight, w0, bias, b0, y, h, stats, eps, T, B, C, H,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program makes ROWS rows. Their first block stays in registers; more blocks (WIDE) are read three times."""
+    H = even(H, STEP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     mask = (row < T) & (col < H)
-    x += lead(row, B, C, x0, x1, x2)
+    x += lead(row, B, C, x0, x1, x2, STEP)
     y += row * H
     if residual is not None:
-        residual += lead(row, B, C, r0, r1, r2)
+        residual += lead(row, B, C, r0, r1, r2, STEP)
         h += row * H
     first = added(x, x3, residual, r3, h, col, mask)
     total = first
@@ -78,9 +79,10 @@ def _pair(dy, d3, h, h3, weight, w0, mean, scale, at, mask):
 @jit
 def _backward(
     dy, d0, d1, d2, d3, dh, e0, e1, e2, e3, h, h0, h1, h2, h3, weight, w0, stats, dx, partial, T, B, C, H,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program makes every n-th tile and sums its share of the gradients of weight and bias in that order."""
+    H = even(H, STEP)
     col = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -89,12 +91,12 @@ def _backward(
     for start in range(tl.program_id(0).to(tl.int64) * ROWS, T, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < T) & (col < H)
-        of_dy = dy + lead(row, B, C, d0, d1, d2)
-        of_h = h + lead(row, B, C, h0, h1, h2)
+        of_dy = dy + lead(row, B, C, d0, d1, d2, STEP)
+        of_h = h + lead(row, B, C, h0, h1, h2, STEP)
         of_dx = dx + row * H
         of_dh = dh
         if dh is not None:
-            of_dh = dh + lead(row, B, C, e0, e1, e2)
+            of_dh = dh + lead(row, B, C, e0, e1, e2, STEP)
         mean = tl.load(stats + 2 * row, row < T, 0)
         scale = tl.load(stats + 2 * row + 1, row < T, 0)
         grad, scaled, normal = _pair(of_dy, d3, of_h, h3, weight, w0, mean, scale, col, mask)
@@ -135,7 +137,8 @@ def _kernel(
         of_x, of_residual, (of_y, *_), (of_h, *_), (of_stats, *_) = slab.tensors
         launch(
             _forward, -(-slab.rows // rows), warps, *of_x, *of_residual, *vector(weight), *vector(bias), of_y, of_h,
-            of_stats, eps, slab.rows, slab.b, slab.c, x.shape[-1], ROWS=rows, BLOCK=block, WIDE=wide,
+            of_stats, eps, slab.rows, slab.b, slab.c, x.shape[-1],
+            STEP=step(x.shape[-1], of_x, of_residual), ROWS=rows, BLOCK=block, WIDE=wide,
         )  # fmt: skip
     return y, h, stats
 
@@ -166,7 +169,7 @@ def _backward_kernel(
         launch(
             _backward, programs, warps, *of_dy, *of_dh, *of_h, *vector(weight), of_stats, of_dx,
             partials[-1] if partials else None, slab.rows, slab.b, slab.c, h.shape[-1],
-            ROWS=rows, BLOCK=block, WIDE=wide,
+            STEP=step(h.shape[-1], of_dy, of_dh, of_h), ROWS=rows, BLOCK=block, WIDE=wide,
         )  # fmt: skip
     if weight is not None or bias is not None:
         total = torch.cat(partials).unflatten(0, (-1, 2)).sum(0)

@@ -48,8 +48,9 @@ def _run(
         by.fill_(1)
     scale = torch.ones_like(by) if main_grad is None else (1 if grad_scale is None else grad_scale.reshape(())) / by
     losses = loss.new_empty(labels.shape)
-    chunk = _chunk(len(rows), len(weight), x.element_size())
-    scratch = x.new_empty(min(chunk, len(rows)), len(weight))
+    stride = -(-len(weight) // 16) * 16  # of aligned rows, for the products and for the kernels
+    chunk = _chunk(len(rows), stride, x.element_size())
+    scratch = x.new_empty(min(chunk, len(rows)), stride)[:, : len(weight)]
     db.zero_()
     if not len(rows):
         dw.zero_()

@@ -38,7 +38,7 @@ def test_golden(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [1, 33, 256])
+@pytest.mark.parametrize("columns", [1, 33, 40, 256])
 @pytest.mark.parametrize("kind", ["plain", "weight", "residual"])
 def test_as_torch(dtype: torch.dtype, columns: int, kind: str, device: str) -> None:
     x, residual = (torch.randn(5, 7, columns, device=device).to(dtype) for _ in range(2))

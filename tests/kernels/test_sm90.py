@@ -16,7 +16,7 @@ if importlib.util.find_spec("triton") is None or INTERPRETED:
 
 from benchmarks import kernels_sm90
 from benchmarks.kernels_sm90 import SIZES, compile_call, measure, meta, recorded
-from pipekern.kernels import rms_norm, swiglu
+from pipekern.kernels import cross_entropy, pack, rms_norm, swiglu
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 NARROW = {"grad_stats._totals"}  # strided partial sums, a few hundred of them
@@ -66,13 +66,40 @@ def test_no_kernel_is_left_out() -> None:
     assert {f"{call.kernel.__module__.rpartition('.')[2]}.{call.kernel.__name__}" for call in calls} == launched
 
 
-@pytest.mark.parametrize("columns", [50, 1000])
-def test_unaligned_rows_are_right_and_narrow(columns: int) -> None:
-    """Rows that are no multiple of 16 elements have loads of one element; the compiler must know that they do."""
-    x = meta(64, columns, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "columns", "width"),
+    [
+        (torch.bfloat16, 1000, ".v4.b32"),
+        (torch.bfloat16, 4104, ".v4.b32"),
+        (torch.float32, 4100, ".v4.b32"),
+        (torch.bfloat16, 4100, ".v2.b32"),
+        (torch.bfloat16, 50, ".b32"),
+        (torch.bfloat16, 4099, ".b16"),
+    ],
+)
+def test_rows_of_any_length_have_the_widest_loads_that_they_allow(dtype: torch.dtype, columns: int, width: str) -> None:
+    """16 bytes where these divide a row, 8, 4 or 2 where only they do: for Triton alone it must be 16 elements."""
+    x = meta(64, columns, dtype=dtype)
     with recorded() as calls:
         rms_norm._kernel(x, None, None, 1e-6)
-    assert not re.findall(r"ld\.global[\w.:]*\.v4", compile_call(calls[0]).ptx)
+        swiglu._kernel(x, x)
+        pack._kernel(x, meta(pack.packed_bytes(x.shape, torch.bfloat16), dtype=torch.uint8), False)
+    for call in calls:
+        assert set(re.findall(r"ld\.global([\w.:]*)", compile_call(call).ptx)) == {width}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_odd_vocabularies_have_wide_loads(in_place: bool) -> None:
+    """GPT-2's 50257: rows begin anywhere, and all blocks but the last of a row are read 16 bytes at a time."""
+    logits, target, stats = meta(64, 50257, dtype=torch.bfloat16), meta(64, dtype=torch.int64), meta(64, 4)
+    backward = cross_entropy._backward_in_place if in_place else cross_entropy._backward_kernel
+    with recorded() as calls:
+        cross_entropy._kernel(logits, target, None, -100, 0.0, 0.0, "none", False)
+        backward(meta(), logits, target, stats, meta(), 0.0, 0.0)
+    codes = [compile_call(call) for call in calls]
+    assert [len(re.findall(r"ld\.global[\w.:]*\.v4", code.ptx)) for code in codes] == [2, 2]  # 16 elements a thread
+    assert len(re.findall(r"st\.global[\w.:]*\.v4", codes[1].ptx)) == 2
+    assert not any(code.stack for code in codes)
 
 
 def test_more_than_two_to_the_31_elements() -> None:
