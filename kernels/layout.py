@@ -32,6 +32,10 @@ def slabs(*tensors: Tensor | None) -> Iterator[Slab]:
     dimensions are left: then one for each step of the first.
     """
     there = [t for t in tensors if t is not None]
+    if all(t.is_contiguous() for t in there):
+        rows = math.prod(there[0].shape[:-1])
+        yield Slab(rows, 1, 1, [(t, 0, 0, 0, 0) if t is None else (t, t.shape[-1], 0, 0, 1) for t in tensors])
+        return
     merged = _merge(there)
     if len(merged) > 3:
         for parts in zip(*(t.unbind() for t in there), strict=True):
