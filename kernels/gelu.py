@@ -12,8 +12,9 @@ from pipekern.errors import ConfigError
 
 from . import reference
 from .language import check_floats, constant, jit, launch, narrow, processors, tl
-from .layout import check_shapes, even, lead, pieces, place, slabs, step, sums, vector
+from .layout import check_shapes, even, lead, pieces, place, slabs, step, vector
 from .library import define
+from .partials import add_up, partials
 
 _SQRT_HALF = constant(0.5**0.5)
 _INV_SQRT_2PI = constant((2 * math.pi) ** -0.5)
@@ -97,19 +98,21 @@ def _backward_kernel(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: st
     dx, db = _backward_fake(dy, x, bias, approximate)
     rows, block, warps, _ = pieces(x.shape[-1])
     across = max(-(-x.shape[-1] // block), 1)
-    partials: list[Tensor] = []
+    parts: list[Tensor] = []
     for slab in slabs(dy, x, dx):
         of_dy, of_x, (of_dx, *_) = slab.tensors
         groups = -(-slab.rows // rows)
         if bias is not None:
             groups = min(groups, max(16 * processors(x) // across, 1))
-            partials.append(sums(x, groups, wide=False))
+            parts.append(partials(x, groups, 1, wide=False))
         launch(
             _backward, groups * across, warps, *of_dy, *of_x, *vector(bias), of_dx,
-            partials[-1] if partials else None, slab.rows, slab.b, slab.c, x.shape[-1], groups,
+            parts[-1] if parts else None, slab.rows, slab.b, slab.c, x.shape[-1], groups,
             TANH=approximate == "tanh", STEP=step(x.shape[-1], of_dy, of_x), ROWS=rows, BLOCK=block,
         )  # fmt: skip
-    return dx, db if bias is None else torch.cat(partials).sum(0).to(bias.dtype)
+    if bias is not None:
+        add_up(parts, db)
+    return dx, db
 
 
 def _backward_fake(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:

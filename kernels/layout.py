@@ -102,11 +102,6 @@ def vector(weight: Tensor | None) -> tuple[Tensor | None, int]:
     return (None, 0) if weight is None else (weight, weight.stride(0))
 
 
-def sums(like: Tensor, programs: int, wide: bool) -> Tensor:
-    """Memory for a sum over rows a program: [programs, columns], float32; zeros where programs add to it."""
-    return (torch.zeros if wide else torch.empty)((programs, like.shape[-1]), dtype=torch.float32, device=like.device)
-
-
 def step(columns: int, *placed: Sequence[Any]) -> int:
     """What divides the rows' length and all strides of ``placed`` (tensor, strides) but the last, up to 16.
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, processors, tl
-from .layout import added, check_shapes, even, finish, lead, slabs, step, sums, tile, vector
+from .layout import added, check_shapes, even, finish, lead, slabs, step, tile, vector
 from .library import define
+from .partials import add_up, partials
 
 
 @jit
@@ -137,19 +138,19 @@ def _backward_kernel(
     check_floats(dy=dy, dh=dh)
     dx, dw = _backward_fake(dy, dh, h, weight, rstd)
     rows, block, warps, wide = tile(h.shape[-1], per_thread=16, most=8192)
-    partials: list[Tensor] = []
+    parts: list[Tensor] = []
     for slab in slabs(dy, dh, h, rstd, dx):
         of_dy, of_dh, of_h, (of_rstd, *_), (of_dx, *_) = slab.tensors
         programs = min(-(-slab.rows // rows), processors(h) * max(32 // warps, 1))
         if weight is not None:
-            partials.append(sums(h, programs, wide))
+            parts.append(partials(h, programs, 1, wide))
         launch(
             _backward, programs, warps, *of_dy, *of_dh, *of_h, *vector(weight), of_rstd, of_dx,
-            partials[-1] if partials else None, slab.rows, slab.b, slab.c, h.shape[-1],
+            parts[-1] if parts else None, slab.rows, slab.b, slab.c, h.shape[-1],
             STEP=step(h.shape[-1], of_dy, of_dh, of_h), ROWS=rows, BLOCK=block, WIDE=wide,
         )  # fmt: skip
     if weight is not None:
-        dw = torch.cat(partials).sum(0).to(weight.dtype)
+        add_up(parts, dw)
     return dx, dw
 
 
