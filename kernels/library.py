@@ -68,7 +68,8 @@ def define(
     """Register ``pipekern::schema``: ``twin`` runs on the CPU, ``kernel`` on CUDA, ``fake`` gives shapes and dtypes.
 
     ``save(ctx, inputs, output)`` and ``backward(ctx, *grads)`` are those of ``torch.library.register_autograd``; a
-    schema has no default values. An op that changes its arguments has no gradient. ``interpreted``: CPU tensors, too, go through ``kernel``.
+    schema has no default values. An op that changes its arguments has no gradient. ``interpreted``: CPU tensors, too,
+    go through ``kernel``.
     """
     name = f"pipekern::{LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)}"
     if "!" in schema:
