@@ -44,7 +44,7 @@ def _differentiable(name: str, save: Callable[..., None], backward: Callable[...
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(name, (torch.autograd.Function,), methods)
+    function: Any = type(name, (torch.autograd.Function,), methods)
 
     def run(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):

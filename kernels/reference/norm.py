@@ -36,8 +36,11 @@ def layer_norm(
     h = x if residual is None else x + residual
     wide = h.to(statistics(x))
     mean = wide.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
-    y = (wide - mean) * rstd
+    centred = wide - mean
+    shift = centred.mean(-1, keepdim=True)  # what rounding left of the mean
+    mean, centred = mean + shift, centred - shift
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = centred * rstd
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     stats = torch.cat((mean, rstd), -1).contiguous()
