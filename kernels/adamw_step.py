@@ -200,12 +200,11 @@ def adamw_step(
 
     Args:
         table: ``Table(params, grads, means, squares)``, moments in float32, or with a fifth column of copies that get
-        the
-            new parameters, rounded to the nearest. ``groups`` are the rows of ``hyper``.
+            the new parameters, rounded to the nearest. ``groups`` are the rows of ``hyper``.
         hyper: float32 [groups, 8], each a :func:`hyper_row`.
         progress: int32 [2], zeros at first: the steps taken, and a counter of the launch. A skipped step does not
-        count. stats: float32 [n, 2] of :func:`grad_stats`, over all parameters whose gradients have one norm, those
-        of other
+            count.
+        stats: float32 [n, 2] of :func:`grad_stats`, over all parameters whose gradients have one norm, those of other
             ranks included. Where a value is not finite the step is skipped; the norm is clipped to ``max_norm``, as
             ``torch.nn.utils.clip_grad_norm_`` does. Without it neither.
         grad_scale: What gradients are divided by, one number: the loss scale.

@@ -302,8 +302,8 @@ def cross_entropy(
     """
     if logits.shape[:-1] != target.shape:
         raise ConfigError(
-            f"logits are {tuple(logits.shape)}, so targets must be {tuple(logits.shape[:-1])}: "
-            f"they are {tuple(target.shape)}"
+            f"logits are {tuple(logits.shape)}, so targets must be {tuple(logits.shape[:-1])}: they are "
+            f"{tuple(target.shape)}"
         )
     check_reduction(reduction, denominator)
     options = (ignore_index, label_smoothing, z_loss, reduction, overwrite)
