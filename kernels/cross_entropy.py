@@ -49,6 +49,15 @@ def _block(start, first, V, PEEL: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
+def _keep(stats, peak, rest, own, counts):
+    """What the backward pass needs of a row, and whether its target counts."""
+    tl.store(stats, peak)
+    tl.store(stats + 1, rest)
+    tl.store(stats + 2, own)
+    tl.store(stats + 3, counts)
+
+
+@jit
 def _forward(
     x, x0, x1, x2, x3, target, t0, t1, t2, loss, stats, ignore, smoothing, z_loss, B, C, V,
     SMOOTH: tl.constexpr, Z: tl.constexpr, STEP: tl.constexpr, PEEL: tl.constexpr, BLOCK: tl.constexpr,
@@ -60,8 +69,7 @@ def _forward(
     first = _start(x, PEEL)
     label = tl.load(target + lead(row, B, C, t0, t1, t2, 1)).to(tl.int64)
     if label == ignore:
-        for i in tl.static_range(4):
-            tl.store(stats + 4 * row + i, 0.0)
+        _keep(stats + 4 * row, 0.0, 0.0, 0.0, 0.0)
         tl.store(loss + row, 0.0)
         return
     known = (label >= 0) & (label < V)
@@ -89,10 +97,7 @@ def _forward(
     if Z:
         value += z_loss * (peak + log_sum) * (peak + log_sum)
     tl.store(loss + row, value)
-    tl.store(stats + 4 * row, peak)
-    tl.store(stats + 4 * row + 1, rest)
-    tl.store(stats + 4 * row + 2, own)
-    tl.store(stats + 4 * row + 3, 1.0)
+    _keep(stats + 4 * row, peak, rest, own, 1.0)
 
 
 @jit

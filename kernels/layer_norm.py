@@ -83,6 +83,20 @@ def _pair(dy, d3, h, h3, weight, w0, mean, scale, at, mask):
 
 
 @jit
+def _beyond(dy, d3, h, h3, weight, w0, mean, scale, partial, dot, shift, there, col, H, BLOCK: tl.constexpr):
+    """Sums of rows with what is beyond their first block, whose shares of gradients are added in ``partial``."""
+    for skip in range(BLOCK, H, BLOCK):
+        at = skip + col
+        grad, scaled, normal = _pair(dy, d3, h, h3, weight, w0, mean, scale, at, there & (at < H))
+        dot += tl.sum(scaled * normal, 1)[:, None]
+        shift += tl.sum(scaled, 1)[:, None]
+        if partial is not None:
+            tl.store(partial + at, tl.load(partial + at, at < H) + grad * normal, at < H)
+            tl.store(partial + H + at, tl.load(partial + H + at, at < H) + grad, at < H)
+    return dot, shift
+
+
+@jit
 def _backward(
     dy, d0, d1, d2, d3, dh, e0, e1, e2, e3, h, h0, h1, h2, h3, weight, w0, stats, dx, partial, T, B, C, H,
     STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
@@ -100,9 +114,7 @@ def _backward(
         of_dy = dy + lead(row, B, C, d0, d1, d2, STEP)
         of_h = h + lead(row, B, C, h0, h1, h2, STEP)
         of_dx = dx + row * H
-        of_dh = dh
-        if dh is not None:
-            of_dh = dh + lead(row, B, C, e0, e1, e2, STEP)
+        of_dh = None if dh is None else dh + lead(row, B, C, e0, e1, e2, STEP)
         mean = tl.load(stats + 2 * row, row < T, 0)
         scale = tl.load(stats + 2 * row + 1, row < T, 0)
         grad, scaled, normal = _pair(of_dy, d3, of_h, h3, weight, w0, mean, scale, col, mask)
@@ -111,14 +123,9 @@ def _backward(
         dw += grad * normal
         db += grad
         if WIDE:
-            for skip in range(BLOCK, H, BLOCK):
-                at = skip + col
-                g, s, n = _pair(of_dy, d3, of_h, h3, weight, w0, mean, scale, at, (row < T) & (at < H))
-                dot += tl.sum(s * n, 1)[:, None]
-                shift += tl.sum(s, 1)[:, None]
-                if partial is not None:
-                    tl.store(partial + at, tl.load(partial + at, at < H) + g * n, at < H)
-                    tl.store(partial + H + at, tl.load(partial + H + at, at < H) + g, at < H)
+            dot, shift = _beyond(
+                of_dy, d3, of_h, h3, weight, w0, mean, scale, partial, dot, shift, row < T, col, H, BLOCK
+            )
         dot /= H
         shift /= H
         finish(of_dx, of_dh, e3, (scaled - shift - normal * dot) * scale, col, mask)
@@ -126,7 +133,7 @@ def _backward(
             for skip in range(BLOCK, H, BLOCK):
                 at = skip + col
                 mask = (row < T) & (at < H)
-                g, s, n = _pair(of_dy, d3, of_h, h3, weight, w0, mean, scale, at, mask)
+                _, s, n = _pair(of_dy, d3, of_h, h3, weight, w0, mean, scale, at, mask)
                 finish(of_dx, of_dh, e3, (s - shift - n * dot) * scale, at, mask)
     if partial is not None:
         tl.store(partial + col, tl.sum(dw, 0)[None, :], col < H)

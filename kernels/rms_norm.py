@@ -83,9 +83,7 @@ def _backward(
         of_dy = dy + lead(row, B, C, d0, d1, d2, STEP)
         of_h = h + lead(row, B, C, h0, h1, h2, STEP)
         of_dx = dx + row * H
-        of_dh = dh
-        if dh is not None:
-            of_dh = dh + lead(row, B, C, e0, e1, e2, STEP)
+        of_dh = None if dh is None else dh + lead(row, B, C, e0, e1, e2, STEP)
         scale = tl.load(rstd + row, row < T, 0)
         grad, normal, product = _pair(of_dy, d3, of_h, h3, weight, w0, scale, col, mask)
         dot = tl.sum(grad * normal, 1)[:, None]
