@@ -106,7 +106,7 @@ def _backward_kernel(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: st
             groups = min(groups, max(16 * processors(x) // across, 1))
             parts.append(partials(x, groups, 1, wide=False))
         launch(
-            _backward, groups * across, warps, *of_dy, *of_x, *vector(bias), of_dx,
+            _backward, groups * across, 2 * warps, *of_dy, *of_x, *vector(bias), of_dx,
             parts[-1] if parts else None, slab.rows, slab.b, slab.c, x.shape[-1], groups,
             TANH=approximate == "tanh", STEP=step(x.shape[-1], of_dy, of_x), ROWS=rows, BLOCK=block,
         )  # fmt: skip
