@@ -8,7 +8,7 @@ from torch import Tensor
 
 def statistics(x: Tensor) -> torch.dtype:
     """The dtype in which ``x`` is summed."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
