@@ -54,8 +54,10 @@ def test_as_torch(dtype: torch.dtype, classes: int, reduction: str, device: str)
     beside_torch(logits, target, reduction=reduction, ignore_index=-1, label_smoothing=0.2, z_loss=1e-2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stride", [8203, 8204, 8216])
+@pytest.mark.parametrize(
+    ("dtype", "stride"),
+    [(torch.float32, 8203), (torch.bfloat16, 8203), (torch.bfloat16, 8204), (torch.float16, 8216)],
+)
 def test_rows_that_begin_anywhere(dtype: torch.dtype, stride: int, device: str) -> None:
     """An odd number of classes: rows are read from their first multiple of 16 bytes on, what is before it last."""
     memory = 3 * torch.randn(5, stride, device=device).to(dtype)
