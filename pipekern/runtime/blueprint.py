@@ -190,8 +190,7 @@ def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: i
         if (order.ranks, order.microbatches) != (ranks, microbatches):
             raise ConfigError(
                 f"the schedule {order.name!r} is for {order.ranks} ranks and {order.microbatches} micro-batches, the "
-                "pipeline has "
-                f"{ranks} and {microbatches}: build it for these"
+                f"pipeline has {ranks} and {microbatches}: build it for these"
             )
     if not order.runnable or not order.trains:
         ready = ", ".join(repr(name) for name in schedules.names() if schedules.describe(name).runnable)
@@ -208,9 +207,8 @@ def _split(split: Split, units: Sequence[Unit], order: Schedule) -> list[int]:
     if len(units) < order.stages:
         raise ConfigError(
             f"the model has {len(units)} units to cut ({', '.join(unit.name for unit in units)}) for {order.stages} "
-            "stages "
-            f"({order.ranks} ranks × {order.chunks} chunks); every stage needs one: use fewer ranks or chunks, or more "
-            "layers"
+            f"stages ({order.ranks} ranks × {order.chunks} chunks); every stage needs one: use fewer ranks or chunks, "
+            "or more layers"
         )
     if split is None or isinstance(split, LayerCosts):
         if split is not None:

@@ -30,8 +30,7 @@ class StageParameters(Sequence[nn.Parameter]):
         if not self._whole and caller == "torch.nn.utils.clip_grad":
             warnings.warn(
                 "torch.nn.utils.clip_grad_norm_ sees the parameters of this rank's stages only, so every rank would "
-                "clip by a norm "
-                "of its own; call pipe.clip_grad_norm_(max_norm) for one norm over all stages",
+                "clip by a norm of its own; call pipe.clip_grad_norm_(max_norm) for one norm over all stages",
                 stacklevel=4,
             )
         return iter(self._parameters)

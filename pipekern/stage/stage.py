@@ -110,9 +110,8 @@ class Stage:
                 raise
             raise ConfigError(
                 f"stage {self.index} writes into its input in place, which autograd forbids on a received tensor; "
-                "write "
-                "to a copy, or give the module that writes an attribute `inplace = True`, and the stage copies its "
-                "input"
+                "write to a copy, or give the module that writes an attribute `inplace = True`, and the stage copies "
+                "its input"
             ) from error
         # What could not travel is refused here, also where the next stage is on this rank: it may hide tensors.
         self._stash[microbatch] = Stash(leaves, _gradient_leaves(value, refuse))
