@@ -14,7 +14,9 @@ from pipekern import schedule as schedules
 from pipekern._version import __version__
 from pipekern.errors import ConfigError
 from pipekern.plan.choose import choose
+from pipekern.plan.offload import Offload
 from pipekern.plan.partition import partition
+from pipekern.runtime.offloading import offloading
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.recomputation import recomputation
@@ -45,6 +47,7 @@ class Blueprint:
     parameters: dict[str, int]
     state: list[str]
     skips: tuple[Hop, ...]
+    offload: Offload
 
     @property
     def direct(self) -> dict[Edge, list[str]]:
@@ -72,6 +75,7 @@ class Blueprint:
             "inputs": None if first.arguments is None else list(first.arguments.given),
             "split": [len(units) for units in self.stages],
             "recompute": self.recompute,
+            "offload": str(self.offload.trips),
             "skips": list(map(str, self.skips)),
             "parameters": [f"{name} {list(p.shape)}" for name, p in parameters],
             "dtype": ", ".join(sorted({str(p.dtype) for _, p in parameters})),
@@ -96,19 +100,22 @@ def draw(options: Options, ranks: int) -> Blueprint:
     place: dict[int, int] = {}
     parameters = {name: place.setdefault(id(p), len(place)) for unit in units for name, p in unit.named_parameters()}
     program = order.program(direct)
+    recompute = recomputation(options, stages, program)
+    offload = offloading(options, stages, program, recompute)
     state = list(root.state_dict()) or [unit.prefix + n for unit in units for n in unit.train.state_dict()]
     return Blueprint(
         root,
         order,
-        program,
+        offload.program(program),
         order.forward_only().program(direct),
         stages,
         starts,
-        recomputation(options, stages, program),
+        recompute,
         find_ties(stages, order.stage_rank),
         parameters,
         state,
         skips,
+        offload,
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from pipekern.errors import TransportError
 from pipekern.optim import clip
+from pipekern.plan.offload import Offload
 from pipekern.runtime import microbatch
 from pipekern.runtime.batch import Batch, divide
 from pipekern.runtime.deltas import Deltas
@@ -62,6 +63,11 @@ class Pipeline:
     * ``codec``: how activations and gradients travel between CUDA devices: as they are, float32 as ``"bf16"``, or all
       floats as ``"fp8"`` with a scale each 128 values; what arrives has its dtype again. ``pk.plan.choose_codec`` tells
       by a link's bandwidth.
+    * ``offload``: the share of each rank's peak activations, from 0 to 1, that is put away in host memory between
+      forward and backward, as far as the schedule leaves time to: those that are needed last. Copies run beside the
+      computation where that is enough. ``"auto"`` puts away what is more than ``memory``, by the bytes in ``split``.
+      ``offloads`` says what is away when. On a CPU ``offload_folder`` names where, in files that the system may write
+      out; without it they are memory.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
@@ -89,11 +95,13 @@ class Pipeline:
         memory: float | Sequence[float] | None = None,
         fuse_loss: bool | None = None,
         codec: str = "none",
+        offload: float | str | None = None,
+        offload_folder: str | None = None,
     ):
         self._parts = start(
             Options(
                 module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
-                transport, timeout, inputs, memory, fuse_loss, codec,
+                transport, timeout, inputs, memory, fuse_loss, codec, offload, offload_folder,
             )
         )  # fmt: skip
         self.loss_path = self._parts.loss_path
@@ -280,6 +288,11 @@ class Pipeline:
     def skips(self) -> tuple[Hop, ...]:
         """How what is saved by ``pk.Skip`` goes from stage to stage: relayed or directly, see ``Hop``."""
         return self._parts.blueprint.skips
+
+    @property
+    def offloads(self) -> Offload:
+        """Which activations are put away, from when to when, and what a rank holds at its peak."""
+        return self._parts.blueprint.offload
 
     def timeline(self) -> Timeline:
         """What every rank did in the last step, in microseconds from the first rank's start; collective.

@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipekern.errors import ConfigError
 from pipekern.stage.chain import Forward, chains
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.head import Head
+from pipekern.stage.offload import Offload
 from pipekern.stage.unit import Unit
 from pipekern.stage.work import Work
 from pipekern.transport.message import refuse
 from pipekern.transport.value import distinct, map_tensors, tensors
 
+_Root = torch.Tensor | GradientEdge
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")
 
 
@@ -25,7 +28,7 @@ class Stash(NamedTuple):
     """What a forward leaves for its backward: the leaves it came from, and the outputs a gradient will come for."""
 
     leaves: list[torch.Tensor]
-    outputs: list[torch.Tensor]
+    outputs: list[_Root]
 
 
 class Stage:
@@ -35,7 +38,7 @@ class Stage:
     unit i (see ``random.py``). Values between stages are those of ``transport/message.py``.
     With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off. ``recompute[i]``
     says what of unit i is made again in the backward, see ``recompute.py``; by default nothing. A ``head`` is left to
-    the loss, which is given its input.
+    the loss, which is given its input. ``offload`` says which micro-batches are put away between forward and backward.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Stage:
         defers: bool = False,
         recompute: Sequence[str] = (),
         head: Head | None = None,
+        offload: Offload | None = None,
     ):
         self.index = index
         self._root = root
@@ -69,6 +73,7 @@ class Stage:
         self._deferral = Deferral(modules) if defers else None
         self._deferring: AbstractContextManager[None] = self._deferral or nullcontext()
         self._fresh: list[nn.Parameter] = []
+        self._offload = offload
         self._copies_input = any(_writes_in_place(unit.train) for unit in units)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -77,12 +82,14 @@ class Stage:
 
     @property
     def live(self) -> int:
-        """Micro-batches of which it holds something: forward done, weight work not."""
-        return len(self._stash) + len(self._work)
+        """Micro-batches of which it holds something: forward done, weight work not, and not away."""
+        return len(self._stash) + len(self._work) - (0 if self._offload is None else len(self._offload.away))
 
     def begin(self) -> None:
         """Start a step."""
         self._fresh = [p for p in self.parameters() if p.grad is None]
+        if self._offload is not None:
+            self._offload.begin([*self.parameters(), *(b for unit in self.units for b in unit.train.buffers())])
 
     def forward(
         self, microbatch: int, value: Any, step_key: int, loss: Callable[[Any], torch.Tensor] | None = None
@@ -93,10 +100,13 @@ class Stage:
         scalar that the backward starts from.
         """
         leaves = [t for t in _gradient_leaves(value) if t.is_leaf]  # a batch may have a graph of its own before it
+        offload, given = self._away(microbatch), tensors(value) if self.index == 0 else ()
+        if offload is not None:
+            value = map_tensors(_seen_from_graph, value)
         if self._copies_input:  # a batch too: micro-batches are views of it, and autograd takes all for written
             value = map_tensors(torch.clone, value)
         try:
-            with self._deferring:
+            with self._deferring, nullcontext() if offload is None else offload.saving(microbatch):
                 keys = [key ^ step_key for key in self._keys[microbatch]]
                 run = self._forward if loss is None else self._to_loss
                 value = run[self._root.training](keys, value)
@@ -112,8 +122,29 @@ class Stage:
                 "input"
             ) from error
         # What could not travel is refused here, also where the next stage is on this rank: it may hide tensors.
-        self._stash[microbatch] = Stash(leaves, _gradient_leaves(value, refuse))
+        outputs: list[_Root] = [*_gradient_leaves(value, refuse)]
+        if offload is not None:
+            offload.put(microbatch, given)
+            outputs = [get_gradient_edge(output) for output in outputs]  # a graph without the memory of its results
+        self._stash[microbatch] = Stash(leaves, outputs)
         return value
+
+    def _away(self, microbatch: int) -> Offload | None:
+        """The offload, if it takes this micro-batch."""
+        return self._offload if self._offload is not None and self._offload.takes(microbatch) else None
+
+    def put_away(self, microbatch: int) -> None:
+        """AWAY: let go of what the forward has left on the device, which is in host memory by now."""
+        assert self._offload is not None
+        self._offload.settle(microbatch)
+        for leaf in self._stash[microbatch].leaves:
+            if leaf.is_contiguous():  # else the layout that its gradient will have would change
+                leaf.data = leaf.new_zeros(()).expand(leaf.shape)
+
+    def bring_back(self, microbatch: int) -> None:
+        """BACK: begin to bring back what was put away, for the backward."""
+        assert self._offload is not None
+        self._offload.fetch(microbatch)
 
     def evaluate(self, value: Any, loss: Callable[[Any], torch.Tensor] | None = None) -> Any:
         """Run the units without random numbers or gradients, and ``loss``; the caller holds ``torch.no_grad()``."""
@@ -139,6 +170,8 @@ class Stage:
     def backward_input(self, microbatch: int, gradients: Any) -> Any:
         """As :meth:`backward`, but that weight gradients which can wait are put off."""
         leaves, outputs = self._stash.pop(microbatch)
+        if (offload := self._away(microbatch)) is not None:
+            offload.join(microbatch)
         with self._deferring:
             if len(outputs) == 1 and isinstance(gradients, torch.Tensor):
                 torch.autograd.backward(outputs[0], gradients)
@@ -159,6 +192,8 @@ class Stage:
         self._work.clear()
         if self._deferral is not None:
             self._deferral.take()
+        if self._offload is not None:
+            self._offload.clear()
 
 
 def _ways(
@@ -209,12 +244,17 @@ def _gradient_leaves(value: Any, other: Callable[[Any], object] | None = None) -
     return [t for t in distinct(tensors(value, other)) if t.requires_grad]
 
 
+def _seen_from_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """A view where ``tensor`` is a leaf, so that a graph which holds the leaf need not hold its memory."""
+    return tensor.view_as(tensor) if tensor.requires_grad and tensor.is_leaf else tensor
+
+
 def _take_grad(leaf: torch.Tensor) -> torch.Tensor | None:
     grad, leaf.grad = leaf.grad, None
     return grad
 
 
-def _backward_many(outputs: Sequence[torch.Tensor], gradients: Any) -> None:
+def _backward_many(outputs: Sequence[_Root], gradients: Any) -> None:
     given = gradients if isinstance(gradients, list) else [gradients] * len(outputs)
     pairs = [(output, grad) for output, grad in zip(outputs, given, strict=True) if grad is not None]
     if pairs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipekern.trace.timeline import Span, Timeline
 
 LEGEND = "F forward  B backward  W weight gradient  < wait to receive  > wait to send  . idle"
-_FILL = {"F": "f", "B": "b", "W": "w", "BW": "b", "SEND": ">", "RECV": "<"}
+_FILL = {"F": "f", "B": "b", "W": "w", "BW": "b", "SEND": ">", "RECV": "<", "AWAY": "^", "BACK": "v"}
 
 
 def draw(timeline: Timeline, width: int = 100) -> str:

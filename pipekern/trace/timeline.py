@@ -13,7 +13,8 @@ WAITS = ("SEND", "RECV")
 class Span(NamedTuple):
     """One thing that a rank did, from ``start`` to ``end`` in microseconds.
 
-    ``op`` is F, B, W or BW, or SEND and RECV for the wait for a free slot and for a message.
+    ``op`` is F, B, W or BW, or SEND and RECV for the wait for a free slot and for a message; AWAY and BACK where an
+    activation has left the device, and where it begins to come back.
     """
 
     rank: int
