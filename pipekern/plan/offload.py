@@ -145,12 +145,12 @@ def stays(schedule: Schedule) -> Offload:
     return Offload(schedule, ((),) * schedule.ranks)
 
 
-def offload_share(schedule: Schedule, share: float, leads: Sequence[int] = LEADS) -> Offload:
+def offload_share(schedule: Schedule, share: object, leads: Sequence[int] = LEADS) -> Offload:
     """Put ``share`` of every rank's peak activations away, or as much of it as the schedule leaves time for.
 
     Raises ``ConfigError`` for a share that is not from 0 to 1.
     """
-    if isinstance(share, bool) or not 0 <= share <= 1:
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise ConfigError(f"offload={share!r}: give the share of a rank's peak activations to put away, from 0 to 1")
     whole, waiting = _shares(schedule, 1.0)
     limits = [(1 - Fraction(share)) * Fraction(peak) for peak in stays(schedule).peaks(whole, waiting)]
@@ -168,7 +168,7 @@ def choose_offload(
 
     ``whole`` and ``waiting`` are as in :meth:`Offload.peaks`. The first of ``leads`` with which a rank stays under its
     limit is taken, else the one that leaves the least. At each moment that holds too much those are put away that are
-    needed last, which for activations of one size are the fewest that do.
+    needed last, which for activations of one size are the fewest copies.
     """
     rows = zip(schedule.actions, limits, strict=True)
     return Offload(schedule, tuple(_rank_trips(row, limit, whole, waiting, leads) for row, limit in rows))
@@ -230,7 +230,8 @@ def _held(
     for trip in trips:
         change[trip.leaves] -= whole[trip.stage]
         change[trip.returns] += whole[trip.stage]
-    held, found = Fraction(0), []
+    held: Amount = Fraction(0)
+    found: list[Amount] = []
     for step in change[:-1]:
         held += step
         found.append(held)

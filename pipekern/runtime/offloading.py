@@ -22,8 +22,6 @@ def offloading(
         return stays(program.schedule)
     if options.offload == "auto":
         chosen = _within_memory(options, stages, program, recompute)
-    elif isinstance(options.offload, str):
-        raise ConfigError(f"offload={options.offload!r}: give a share from 0 to 1, 'auto', or None")
     else:
         chosen = offload_share(program.schedule, options.offload)
     logging.getLogger("pipekern").info("offload=%r: %s", options.offload, chosen)
@@ -60,7 +58,7 @@ def _within_memory(
     ]
     if faults:
         raise ConfigError(
-            f"offload='auto' finds no choice that fits: {'; '.join(faults)}; give that much memory, more ranks, smaller "
-            "micro-batches, or recompute='full' beside it"
+            f"offload='auto' finds no choice that fits: {'; '.join(faults)}; give that much memory, more ranks, "
+            "smaller micro-batches, or recompute='full' beside it"
         )
     return chosen

@@ -48,7 +48,7 @@ class Mark:
         return torch.empty(0, dtype=dtype, device=memory.device).set_(memory.untyped_storage(), offset, shape, stride)
 
     def leave(self, block: Block) -> None:
-        """Let go of the tensor, whose memory ``block`` has. Of it stays the version counter, in a tensor of no memory."""
+        """Let go of the tensor, whose memory ``block`` has. Its version counter stays, in a tensor without memory."""
         assert self._tensor is not None
         self._layout = _range(self._tensor)[0], self._tensor.shape, self._tensor.stride()
         self._counter = self._tensor.detach()
@@ -102,9 +102,9 @@ class Block:
 
 def _range(tensor: Tensor) -> tuple[int, int]:
     """First byte in its storage, and the one after the last."""
-    start = tensor.storage_offset()
+    start = int(tensor.storage_offset())
     last = start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start * tensor.itemsize, (last + 1) * tensor.itemsize
+    return start * tensor.itemsize, (int(last) + 1) * tensor.itemsize
 
 
 def _blocks(marks: Iterable[tuple[Mark, Tensor]]) -> list[Block]:
@@ -154,14 +154,9 @@ class Offload:
     def __init__(self, microbatches: Collection[int], device: torch.device, host: Host):
         self._microbatches = frozenset(microbatches)
         self._device, self._host = torch.empty(0, device=device).device, host
-        self._stay: frozenset[int] = frozenset()
         self._marks: dict[int, list[weakref.ref[Mark]]] = {}
         self._parcels: dict[int, _Parcel] = {}
         self.away: set[int] = set()
-
-    def begin(self, stay: Iterable[Tensor]) -> None:
-        """Start a step. The memory of ``stay`` (parameters, buffers) is there in any case."""
-        self._stay = frozenset(t.untyped_storage()._cdata for t in stay if t.layout is torch.strided)
 
     def takes(self, microbatch: int) -> bool:
         """Whether a micro-batch is put away."""
@@ -180,11 +175,11 @@ class Offload:
 
         return torch.autograd.graph.saved_tensors_hooks(pack, Mark.get)
 
-    def put(self, microbatch: int, given: Iterable[Tensor] = ()) -> None:
-        """Begin to copy out what the forward has saved and its graph still holds; ``given`` stays, as a step's batch
-        does.
+    def put(self, microbatch: int, there: Iterable[Tensor] = ()) -> None:
+        """Begin to copy out what the forward has saved and its graph still holds, but for the memory of ``there``,
+        which something else keeps: parameters, buffers, the batch.
         """
-        stay = self._stay.union(t.untyped_storage()._cdata for t in given)
+        stay = {t.untyped_storage()._cdata for t in there if t.layout is torch.strided}
         marks = [mark for one in self._marks.pop(microbatch) if (mark := one()) is not None]
         pairs = [(mark, tensor) for mark in marks if (tensor := mark.movable(self._device, stay)) is not None]
         blocks = _without_small(_blocks(pairs))
@@ -193,7 +188,7 @@ class Offload:
         self._parcels[microbatch] = _Parcel([weakref.ref(block) for block in blocks], *copied, blocks, sources)
 
     def settle(self, microbatch: int) -> None:
-        """Let go of what was copied: what the stage queues from now on comes after the copies, and may use the memory."""
+        """Let go of what was copied: what is queued from now on comes after the copies, and may use the memory."""
         parcel = self._parcels[microbatch]
         self._host.wait(parcel.event)
         for block in parcel.leaving:
@@ -213,7 +208,7 @@ class Offload:
         self.away.discard(microbatch)
 
     def join(self, microbatch: int) -> None:
-        """Let what the stage queues from now on, the backward, come after the copies; then the graph alone holds them."""
+        """Let what is queued from now on, the backward, come after the copies; then the graph alone holds them."""
         self._host.wait(self._parcels.pop(microbatch).event)
 
     def clear(self) -> None:

@@ -50,12 +50,12 @@ class Recomputed:
     def __call__(self, seed: int, value: Any) -> Any:
         """Run it for the first time; what backward needs of it is made again there."""
         given = distinct(tensors(value))  # by themselves, for what is within a container checkpoint does not save
-        index = {id(tensor): place for place, tensor in enumerate(given)}
-        frame = map_places(lambda tensor: _Place(index[id(tensor)]), value)
+        number = {id(tensor): place for place, tensor in enumerate(given)}
+        frame = map_places(lambda tensor: _Place(number[id(tensor)]), value)
 
         def run(*given: torch.Tensor) -> Any:
             self._seed(seed)
-            return self._unit(map_places(lambda place: given[place.index], frame, _Place))
+            return self._unit(map_places(lambda place: given[place.number], frame, _Place))
 
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         contexts = partial(self._contexts, hooks)
@@ -86,7 +86,7 @@ class Recomputed:
 class _Place(NamedTuple):
     """Stands for a tensor of a value."""
 
-    index: int
+    number: int
 
 
 @contextmanager

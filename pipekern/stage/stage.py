@@ -25,10 +25,12 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")
 
 
 class Stash(NamedTuple):
-    """What a forward leaves for its backward: the leaves it came from, and the outputs a gradient will come for."""
+    """What a forward leaves for its backward: the leaves it came from, and the outputs a gradient will come for, of
+    one that is put away their places in the graph.
+    """
 
     leaves: list[torch.Tensor]
-    outputs: list[_Root]
+    outputs: Sequence[_Root]
 
 
 class Stage:
@@ -69,8 +71,8 @@ class Stage:
         self._keys = keys
         self._stash: dict[int, Stash] = {}
         self._work: dict[int, list[Work]] = {}
-        modules = [module for unit in units for module in unit.train.modules()]
-        self._deferral = Deferral(modules) if defers else None
+        self._modules = [module for unit in units for module in unit.train.modules()]
+        self._deferral = Deferral(self._modules) if defers else None
         self._deferring: AbstractContextManager[None] = self._deferral or nullcontext()
         self._fresh: list[nn.Parameter] = []
         self._offload = offload
@@ -88,8 +90,6 @@ class Stage:
     def begin(self) -> None:
         """Start a step."""
         self._fresh = [p for p in self.parameters() if p.grad is None]
-        if self._offload is not None:
-            self._offload.begin([*self.parameters(), *(b for unit in self.units for b in unit.train.buffers())])
 
     def forward(
         self, microbatch: int, value: Any, step_key: int, loss: Callable[[Any], torch.Tensor] | None = None
@@ -100,7 +100,7 @@ class Stage:
         scalar that the backward starts from.
         """
         leaves = [t for t in _gradient_leaves(value) if t.is_leaf]  # a batch may have a graph of its own before it
-        offload, given = self._away(microbatch), tensors(value) if self.index == 0 else ()
+        offload, given = self._away(microbatch), tensors(value) if self.index == 0 else []
         if offload is not None:
             value = map_tensors(_seen_from_graph, value)
         if self._copies_input:  # a batch too: micro-batches are views of it, and autograd takes all for written
@@ -122,12 +122,18 @@ class Stage:
                 "input"
             ) from error
         # What could not travel is refused here, also where the next stage is on this rank: it may hide tensors.
-        outputs: list[_Root] = [*_gradient_leaves(value, refuse)]
-        if offload is not None:
-            offload.put(microbatch, given)
-            outputs = [get_gradient_edge(output) for output in outputs]  # a graph without the memory of its results
-        self._stash[microbatch] = Stash(leaves, outputs)
+        outputs = _gradient_leaves(value, refuse)
+        if offload is None:
+            self._stash[microbatch] = Stash(leaves, outputs)
+        else:
+            offload.put(microbatch, [*given, *self._state()])
+            self._stash[microbatch] = Stash(leaves, [get_gradient_edge(output) for output in outputs])
         return value
+
+    def _state(self) -> list[torch.Tensor]:
+        """Parameters and buffers as they are now: what shards them has others in a step than before it."""
+        held = (t for m in self._modules for t in (*m._parameters.values(), *m._buffers.values()))
+        return [t for t in held if t is not None]
 
     def _away(self, microbatch: int) -> Offload | None:
         """The offload, if it takes this micro-batch."""
@@ -258,7 +264,8 @@ def _backward_many(outputs: Sequence[_Root], gradients: Any) -> None:
     given = gradients if isinstance(gradients, list) else [gradients] * len(outputs)
     pairs = [(output, grad) for output, grad in zip(outputs, given, strict=True) if grad is not None]
     if pairs:
-        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+        roots: Any = [output for output, _ in pairs]
+        torch.autograd.backward(roots, [grad for _, grad in pairs])
 
 
 def _writes_in_place(module: nn.Module) -> bool:

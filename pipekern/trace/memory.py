@@ -37,7 +37,14 @@ def curves(timeline: Timeline, shares: Sequence[float | Fraction], kept: float =
     of its W; from AWAY to BACK it does not. The highest point of a curve is the rank's ``peak_activations``.
     """
     stays = Fraction(kept)
-    change = {"F": Fraction(1), "B": stays - 1, "W": -stays, "BW": Fraction(-1), "AWAY": Fraction(-1), "BACK": Fraction(1)}
+    change = {
+        "F": Fraction(1),
+        "B": stays - 1,
+        "W": -stays,
+        "BW": Fraction(-1),
+        "AWAY": Fraction(-1),
+        "BACK": Fraction(1),
+    }
     held = [Fraction(0)] * timeline.ranks
     found: list[Curve] = [[] for _ in held]
     for span in timeline.spans:
