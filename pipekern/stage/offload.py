@@ -27,8 +27,8 @@ class Mark:
     __slots__ = ("__weakref__", "_block", "_counter", "_layout", "_tensor", "_version")
 
     def __init__(self, tensor: Tensor):
-        self._tensor: Tensor | None = tensor
-        self._counter = tensor
+        self._counter = tensor.detach()  # the result of the node that saves it would hold the node
+        self._tensor: Tensor | None = self._counter
         self._version = tensor._version
 
     def get(self) -> Tensor:
@@ -51,7 +51,7 @@ class Mark:
         """Let go of the tensor, whose memory ``block`` has. Its version counter stays, in a tensor without memory."""
         assert self._tensor is not None
         self._layout = _range(self._tensor)[0], self._tensor.shape, self._tensor.stride()
-        self._counter = self._tensor.detach()
+        self._counter = self._tensor.detach()  # another one, for somebody may have got this one from here
         self._counter.data = self._tensor.new_empty(0)
         self._block, self._tensor = block, None
 

@@ -21,6 +21,13 @@ from pipekern.transport.message import refuse
 from pipekern.transport.value import distinct, map_tensors, tensors
 
 _Root = torch.Tensor | GradientEdge
+_REFUSED = {  # what torch says, and what it means here
+    "a leaf Variable that requires grad": "writes into its input in place, which autograd forbids on a received "
+    "tensor; write to a copy, or give the module that writes an attribute `inplace = True`, and the stage copies its "
+    "input",
+    "yet support saved tensor hooks": "uses torch.func within its forward, which cannot be put away nor run again; use "
+    "torch.autograd.grad, or leave out offload and recompute",
+}
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")
 
 
@@ -113,14 +120,10 @@ class Stage:
                 if loss is not None:  # it may go backward on its own through layers that put work off
                     value = loss(value)
         except RuntimeError as error:
-            if "a leaf Variable that requires grad" not in str(error):
+            text = next((text for sign, text in _REFUSED.items() if sign in str(error)), None)
+            if text is None:
                 raise
-            raise ConfigError(
-                f"stage {self.index} writes into its input in place, which autograd forbids on a received tensor; "
-                "write "
-                "to a copy, or give the module that writes an attribute `inplace = True`, and the stage copies its "
-                "input"
-            ) from error
+            raise ConfigError(f"stage {self.index} {text}") from error
         # What could not travel is refused here, also where the next stage is on this rank: it may hide tensors.
         outputs = _gradient_leaves(value, refuse)
         if offload is None:
@@ -143,7 +146,7 @@ class Stage:
         """AWAY: let go of what the forward has left on the device, which is in host memory by now."""
         assert self._offload is not None
         self._offload.settle(microbatch)
-        for leaf in self._stash[microbatch].leaves:
+        for leaf in self._stash[microbatch].leaves if self.index > 0 else ():  # a batch is its owner's
             if leaf.is_contiguous():  # else the layout that its gradient will have would change
                 leaf.data = leaf.new_zeros(()).expand(leaf.shape)
 
