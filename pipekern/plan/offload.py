@@ -99,9 +99,11 @@ class Offload:
         return replace(timeline, spans=tuple(spans), peak_activations=self.peak_activations(costs.kept))
 
     def _spans(self, timeline: Timeline, rank: int) -> Iterator[Span]:
-        moves = _moves(self.trips[rank])
+        moves, row, pairs = _moves(self.trips[rank]), self.schedule.actions[rank], self.schedule.pairs
         for index, span in enumerate(timeline.of_rank(rank)):
-            for op, trip in moves.get(index, ()):
+            second = row[index - 1] in pairs if index else False  # of two that overlap, which stay next to each other
+            both = [] if second else [index, index + 1] if row[index] in pairs else [index]
+            for op, trip in (move for place in both for move in moves.get(place, ())):
                 yield Span(rank, op, *trip[:2], span.start, span.start)
             yield span
 
