@@ -148,15 +148,16 @@ def stays(schedule: Schedule) -> Offload:
 
 
 def offload_share(schedule: Schedule, share: object, leads: Sequence[int] = LEADS) -> Offload:
-    """Put ``share`` of every rank's peak activations away, or as much of it as the schedule leaves time for.
+    """Put away what a rank holds above ``1 - share`` of the largest peak of all ranks, or as much of it as the schedule
+    leaves time for: devices are alike, and a rank that holds less has room.
 
     Raises ``ConfigError`` for a share that is not from 0 to 1.
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise ConfigError(f"offload={share!r}: give the share of a rank's peak activations to put away, from 0 to 1")
+        raise ConfigError(f"offload={share!r}: give the share of the largest peak to put away, from 0 to 1")
     whole, waiting = _shares(schedule, 1.0)
-    limits = [(1 - Fraction(share)) * Fraction(peak) for peak in stays(schedule).peaks(whole, waiting)]
-    return choose_offload(schedule, limits, whole, waiting, leads)
+    limit = (1 - Fraction(share)) * Fraction(max(stays(schedule).peaks(whole, waiting)))
+    return choose_offload(schedule, [limit] * schedule.ranks, whole, waiting, leads)
 
 
 def choose_offload(

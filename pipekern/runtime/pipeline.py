@@ -63,9 +63,9 @@ class Pipeline:
     * ``codec``: how activations and gradients travel between CUDA devices: as they are, float32 as ``"bf16"``, or all
       floats as ``"fp8"`` with a scale each 128 values; what arrives has its dtype again. ``pk.plan.choose_codec`` tells
       by a link's bandwidth.
-    * ``offload``: the share of each rank's peak activations, 0 to 1, to put away in host memory between forward and
-      backward, as far as the schedule leaves time (see ``offloads``); ``"auto"``: what is more than ``memory``, by the
-      bytes in ``split``. On a CPU ``offload_folder`` is where, in files without a name; else in memory.
+    * ``offload``: the share, 0 to 1, by which the most activations that a rank holds shall fall: they are put away in
+      host memory between forward and backward, as far as the schedule leaves time (see ``offloads``). ``"auto"``: what
+      is more than ``memory``, by the bytes in ``split``. On a CPU ``offload_folder`` is where, in unnamed files.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first

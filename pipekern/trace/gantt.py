@@ -44,8 +44,8 @@ _LOOKS = {
     "BW": _Look("BW whole backward", YELLOW, "\\\\", "black"),
     "RECV": _Look("wait to receive", "#DDDDDD", "xxx", ""),
     "SEND": _Look("wait to send", PURPLE, "ooo", ""),
-    "AWAY": _Look("put away", "#BBBBBB", "^^", ""),
-    "BACK": _Look("bring back", "#999999", "vv", ""),
+    "AWAY": _Look("put away", "#BBBBBB", "--", ""),
+    "BACK": _Look("bring back", "#999999", "||", ""),
 }
 
 

@@ -34,6 +34,12 @@ def test_golden() -> None:
     assert str(offload) == "rank 0: 2 away, 4 -> 3 at the peak"
 
 
+def test_ranks_that_hold_less_have_room() -> None:
+    """1F1B holds 4, 3, 2, 1; half of the most is 2."""
+    offload = offload_share(build("1f1b", ranks=4, microbatches=8), 0.5)
+    assert offload.peak_activations() == [2, 2, 2, 1] and list(map(bool, offload.trips)) == [True, True, False, False]
+
+
 def _counted(schedule: Schedule, program: Program, kept: Fraction) -> list[Fraction]:
     """The peaks, by walking through the instructions as a run does."""
     one = Fraction(1)

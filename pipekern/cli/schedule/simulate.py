@@ -22,7 +22,7 @@ def add(actions: Any) -> None:
     parser = actions.add_parser("simulate", help="time, bubble and memory under given costs")
     add_schedule(parser)
     add_costs(parser, "pair")
-    parser.add_argument("--offload", type=float, metavar="SHARE", help="share of the peak to put away in host memory")
+    parser.add_argument("--offload", type=float, metavar="SHARE", help="share of the largest peak to put away")
     parser.add_argument(
         "--copy", type=float, default=0.0, metavar="µs", help="of one activation to the host, or back (default 0)"
     )
