@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +63,49 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_files_are_not_for_gpus(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="page-locked"):
         Host(torch.device("cuda", 0), str(tmp_path))
+
+
+class Stream:
+    """Stands for a stream: what work of each stream is done before its next one begins, by vector clocks."""
+
+    def __init__(self, name: str):
+        self.name, self.before = name, {name: 0}
+
+    def record_event(self) -> dict[str, int]:
+        self.before[self.name] += 1
+        return dict(self.before)
+
+    def wait_event(self, event: Any) -> None:
+        for name, time in event.items():
+            self.before[name] = max(self.before.get(name, 0), time)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
+
+    def comes_after(self, event: Any, name: str) -> bool:
+        return bool(self.before.get(name, 0) >= event[name])
+
+
+def test_every_use_of_memory_comes_after_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over three steps with one buffer: made, copied out, freed, taken again, copied in, used, copied out again."""
+    host, compute = Host(CPU), Stream("compute")
+    out, back = Stream("out"), Stream("back")
+    fields: dict[str, Any] = {"_out": out, "_back": back}
+    vars(host).update(fields)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    for step in range(3):
+        made = compute.record_event()
+        buffer, places, copied = host.put(_bytes(64))
+        read = buffer.read
+        assert out.comes_after(made, "compute") and not compute.comes_after(copied, "out")
+        assert (read is None) == (step == 0)
+        assert read is None or out.comes_after(read, "back")  # it overwrites what was read
+        host.wait(copied)
+        freed = compute.record_event()
+        assert compute.comes_after(copied, "out")
+        _, there = host.fetch(buffer, places)
+        assert back.comes_after(freed, "compute") and back.comes_after(copied, "out")
+        assert not compute.comes_after(there, "back")
+        host.wait(there)
+        assert compute.comes_after(there, "back")
