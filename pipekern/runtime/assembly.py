@@ -27,6 +27,8 @@ from pipekern.runtime.loss import Loss, Verdict
 from pipekern.runtime.options import Options
 from pipekern.runtime.outgoing import LOSS_TAG, Outgoing
 from pipekern.runtime.runner import Held, Runner
+from pipekern.stage.host import Host
+from pipekern.stage.offload import Offload
 from pipekern.stage.random import unit_keys
 from pipekern.stage.stage import Stage
 from pipekern.stage.unit import Unit
@@ -35,7 +37,7 @@ from pipekern.transport.base import Receiver, Sender, Transport
 _TRAIN = {
     "RECV_F": "receive_forward", "F": "forward", "SEND_F": "send_forward",
     "RECV_B": "receive_backward", "B": "backward_input", "W": "backward_weight", "BW": "backward",
-    "SEND_B": "send_backward",
+    "SEND_B": "send_backward", "AWAY": "put_away", "BACK": "bring_back",
     "GATHER": "begin_gather", "JOIN": "join", "REDUCE": "begin_reduce",
 }  # fmt: skip
 _EVALUATE = {"RECV_F": "receive_evaluate", "F": "evaluate", "SEND_F": "send_evaluate"}
@@ -279,14 +281,19 @@ def build_stages(
     stages = {}
     m = blueprint.schedule.microbatches
     microbatches = range(replica * m, replica * m + m)
+    hosts: dict[int, Host] = {}
     for index in here:
-        device = devices[blueprint.schedule.stage_rank[index]]
+        rank = blueprint.schedule.stage_rank[index]
+        device = devices[rank]
         units = [unit.built() for unit in blueprint.stages[index]]
         for unit in units:
             unit.train.to(device)
             unit.evaluate.to(device)
         first = blueprint.first_unit[index]
         keys = unit_keys(options.seed, microbatches, range(first, first + len(units)))
+        away = [trip.microbatch for trip in blueprint.offload.trips[rank] if trip.stage == index]
+        if away and rank not in hosts:
+            hosts[rank] = Host(device, options.offload_folder)
         last = index == blueprint.schedule.stages - 1
         stages[index] = Stage(
             index,
@@ -299,5 +306,6 @@ def build_stages(
             blueprint.recompute[index],
             choose_head(units, options.loss_fn, options.fuse_loss)[0] if last else None,
             blueprint.precision,
+            Offload(away, device, hosts[rank]) if away else None,
         )
     return stages

@@ -15,7 +15,9 @@ from pipekern._version import __version__
 from pipekern.errors import ConfigError
 from pipekern.optim.store import PRECISIONS, Dtypes, Layout, lay_out, low_precision
 from pipekern.plan.choose import choose
+from pipekern.plan.offload import Offload
 from pipekern.plan.partition import partition
+from pipekern.runtime.offloading import offloading
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.recomputation import recomputation
@@ -51,6 +53,7 @@ class Blueprint:
     layouts: dict[int, Layout]
     dtypes: dict[str, torch.dtype]
     precision: torch.dtype | None
+    offload: Offload
 
     @property
     def direct(self) -> dict[Edge, list[str]]:
@@ -78,6 +81,7 @@ class Blueprint:
             "inputs": None if first.arguments is None else list(first.arguments.given),
             "split": [len(units) for units in self.stages],
             "recompute": self.recompute,
+            "offload": str(self.offload.trips),
             "skips": list(map(str, self.skips)),
             "buckets": [self.layouts.get(stage) for stage in range(self.schedule.stages)],
             "parameters": [f"{name} {list(p.shape)}" for name, p in parameters],
@@ -115,15 +119,17 @@ def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25,
         layouts = _layouts(order, stages, dtypes, bucket, together)
     counts_of = {stage: len(layout) for stage, layout in layouts.items()} if replicas > 1 else {}
     program = order.program(direct, Collectives(counts_of if options.zero else {}, counts_of))
+    recompute = recomputation(options, stages, program)
+    offload = offloading(options, stages, program, recompute)
     state = list(root.state_dict()) or [unit.prefix + n for unit in units for n in unit.train.state_dict()]
     return Blueprint(
         root,
         order,
-        program,
+        offload.program(program),
         order.forward_only().program(direct),
         stages,
         starts,
-        recomputation(options, stages, program),
+        recompute,
         find_ties(stages, order.stage_rank),
         parameters,
         state,
@@ -131,6 +137,7 @@ def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25,
         layouts,
         dtypes,
         None if options.precision is None else PRECISIONS[options.precision],
+        offload,
     )
 
 

@@ -50,6 +50,8 @@ class Options:
     precision: str | None = None
     zero: int = 0
     loss_scale: LossScale | None = None
+    offload: float | str | None = None
+    offload_folder: str | None = None
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
@@ -67,8 +69,17 @@ class Options:
             raise ConfigError(f"loss_scale with precision={self.precision!r}: it is for precision='fp16'; leave it out")
         if not self.timeout > 0:
             raise ConfigError(f"timeout={self.timeout!r}; give the seconds that a silent rank is waited for, above 0")
-        if self.memory is not None and self.recompute != "auto":
+        if self.memory is not None and "auto" not in (self.recompute, self.offload):
             raise ConfigError(
-                f"memory={self.memory} is what recompute='auto' chooses under, and recompute={self.recompute!r}; set "
-                "recompute='auto', or leave memory out"
+                f"memory={self.memory} is what recompute='auto' or offload='auto' chooses under, and recompute="
+                f"{self.recompute!r}, offload={self.offload!r}; set one of them to 'auto', or leave memory out"
+            )
+        if self.recompute == self.offload == "auto":
+            raise ConfigError(
+                "recompute='auto' and offload='auto' both choose under the same memory; decide one of them: a share "
+                "for offload, or 'none', 'selective' or 'full' for recompute"
+            )
+        if self.offload_folder is not None and self.offload is None:
+            raise ConfigError(
+                f"offload_folder={self.offload_folder!r} and nothing to put there; give offload=, or leave it out"
             )

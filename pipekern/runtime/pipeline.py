@@ -16,6 +16,7 @@ from pipekern.errors import CheckpointError, TransportError
 from pipekern.optim import clip
 from pipekern.optim.scale import LossScale
 from pipekern.parallel.mesh import Mesh
+from pipekern.plan.offload import Offload
 from pipekern.runtime import microbatch, optimizer, saving
 from pipekern.runtime.batch import Batch, divide
 from pipekern.runtime.executor import Executor
@@ -72,6 +73,9 @@ class Pipeline:
       ``pk.optim.LossScale``: a step that overflows is left out on all ranks, its ``.grad`` is None, the scale lowered.
     * ``zero``: what replicas share out: 1 optimizer state and masters, 2 gradients too, 3 the weights between a step's
       last use and the next step. ``parameters()`` are then one-dimensional shards, ``state_dict()`` is whole.
+    * ``offload``: the share, 0 to 1, by which the most activations that a rank holds shall fall: they are put away in
+      host memory between forward and backward, as far as the schedule leaves time (see ``offloads``). ``"auto"``: what
+      is more than ``memory``, by the bytes in ``split``. On a CPU ``offload_folder`` is where, in unnamed files.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
@@ -103,11 +107,14 @@ class Pipeline:
         precision: str | None = None,
         zero: int = 0,
         loss_scale: LossScale | None = None,
+        offload: float | str | None = None,
+        offload_folder: str | None = None,
     ):
         self._parts = start(
             Options(
                 module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
-                transport, timeout, inputs, memory, fuse_loss, codec, mesh, precision, zero, loss_scale,
+                transport, timeout, inputs, memory, fuse_loss, codec, mesh, precision, zero, loss_scale, offload,
+                offload_folder,
             )
         )  # fmt: skip
         self.loss_path = self._parts.loss_path
@@ -317,6 +324,11 @@ class Pipeline:
     def skips(self) -> tuple[Hop, ...]:
         """How what is saved by ``pk.Skip`` goes from stage to stage: relayed or directly, see ``Hop``."""
         return self._parts.blueprint.skips
+
+    @property
+    def offloads(self) -> Offload:
+        """Which activations are put away, from when to when, and what a rank holds at its peak."""
+        return self._parts.blueprint.offload
 
     def timeline(self) -> Timeline:
         """What every rank did in the last step, in microseconds from the first rank's start; collective.

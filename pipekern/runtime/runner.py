@@ -27,7 +27,7 @@ class Held:
         self.peak = 0
 
     def count(self) -> None:
-        """Look, after a forward."""
+        """Look, after a forward and where an activation begins to come back."""
         self.peak = max(self.peak, sum(stage.live for stage in self.stages))
 
 
@@ -128,6 +128,15 @@ class Runner(Lane):
     def backward_weight(self, microbatch: int) -> None:
         """W."""
         self.stage.backward_weight(microbatch)
+
+    def put_away(self, microbatch: int) -> None:
+        """AWAY."""
+        self.stage.put_away(microbatch)
+
+    def bring_back(self, microbatch: int) -> None:
+        """BACK."""
+        self.stage.bring_back(microbatch)
+        self._held.count()
 
     def take_gradient(self, microbatch: int) -> Any:
         """The gradients of the stage's output, whole."""

@@ -135,7 +135,7 @@ def _informed(options: Options, world: World) -> Options:
 
 
 def _wants_memory(options: Options) -> bool:
-    return options.recompute == "auto" and options.memory is None
+    return "auto" in (options.recompute, options.offload) and options.memory is None
 
 
 def _size(ranks: int | None, grid: Grid | None) -> int:

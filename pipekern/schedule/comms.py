@@ -26,7 +26,8 @@ class Instruction(NamedTuple):
 
     ``op`` is F, B, W or BW, one of ``collectives.py``, or: RECV_F receives an activation from ``peer``, the stage
     before or one that skips to this one, SEND_F sends it to a stage after, RECV_B receives the gradient from there,
-    SEND_B sends it back.
+    SEND_B sends it back. AWAY: the stage's activation has left for host memory; BACK: it begins to come back
+    (:mod:`pipekern.plan.offload`).
     """
 
     op: str

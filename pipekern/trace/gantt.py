@@ -47,6 +47,8 @@ _LOOKS = {
     "JOIN": _Look("wait for values", "#BBBBBB", "+++", ""),
     "GATHER": _Look("gather values", "#56B4E9", "", ""),
     "REDUCE": _Look("sum gradients", "#882255", "", ""),
+    "AWAY": _Look("put away", "#BBBBBB", "--", ""),
+    "BACK": _Look("bring back", "#999999", "||", ""),
 }
 
 

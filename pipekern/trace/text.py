@@ -6,7 +6,9 @@ from pipekern.trace.timeline import COLLECTIVES, Span, Timeline
 
 LEGEND = "F forward  B backward  W weight gradient  < wait to receive  > wait to send  . idle"
 BESIDE = "g values gathered  r gradients summed, between replicas"
-_FILL = {"F": "f", "B": "b", "W": "w", "BW": "b", "SEND": ">", "RECV": "<", "JOIN": "<", "GATHER": "g", "REDUCE": "r"}
+_FILL = {
+    "F": "f", "B": "b", "W": "w", "BW": "b", "SEND": ">", "RECV": "<", "JOIN": "<", "GATHER": "g", "REDUCE": "r", "AWAY": "^", "BACK": "v",
+}  # fmt: skip
 
 
 def draw(timeline: Timeline, width: int = 100) -> str:
