@@ -16,8 +16,9 @@ from pipekern.errors import ConfigError
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, tl
-from .layout import Placed, even, lead, slabs, step
+from .layout import even, lead, slabs, step
 from .library import define
+from .peel import block_of, peels, start_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -27,25 +28,6 @@ def _log1p(u):
     """log(1 + u) to float32's precision for small u, too (Kahan's correction of 1 + u's rounding)."""
     w = 1 + u
     return tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1, w - 1)))
-
-
-@jit
-def _start(x, PEEL: tl.constexpr):
-    """The column of a row at which 16 aligned bytes begin, where rows do not begin so themselves (PEEL)."""
-    first = 0
-    if PEEL:
-        first = ((-x.to(tl.int64)) & 15) * 8 // x.dtype.element_ty.primitive_bitwidth
-    return first
-
-
-@jit
-def _block(start, first, V, PEEL: tl.constexpr, BLOCK: tl.constexpr):
-    """Elements of a block of a row that is read from ``first`` on, and at its end what is before: places, columns."""
-    at = start + tl.arange(0, BLOCK).to(tl.int64)
-    col = at
-    if PEEL:
-        col = tl.where(at + first < V, at + first, at + first - V)
-    return at, col
 
 
 @jit
@@ -66,7 +48,7 @@ def _forward(
     row = tl.program_id(0).to(tl.int64)
     V = even(V, STEP)
     x += lead(row, B, C, x0, x1, x2, STEP)
-    first = _start(x, PEEL)
+    first = start_of(x, PEEL)
     label = tl.load(target + lead(row, B, C, t0, t1, t2, 1)).to(tl.int64)
     if label == ignore:
         _keep(stats + 4 * row, 0.0, 0.0, 0.0, 0.0)
@@ -77,7 +59,7 @@ def _forward(
     others = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
-        at, col = _block(start, first, V, PEEL, BLOCK)
+        at, col = block_of(start, first, V, PEEL, BLOCK)
         if PEEL & (first + start + BLOCK <= V):
             value = tl.load(tl.multiple_of(x + first, 16) + at).to(tl.float32)
         else:
@@ -131,9 +113,9 @@ def _backward(
     start = tl.program_id(0).to(tl.int64) % across * BLOCK
     x += lead(row, B, C, x0, x1, x2, STEP)
     dx += lead(row, B, C, g0, g1, g2, STEP)
-    first = _start(x, PEEL)
+    first = start_of(x, PEEL)
     whole = PEEL & (first + start + BLOCK <= V) & ((x.to(tl.int64) - dx.to(tl.int64)) % 16 == 0)
-    at, col = _block(start, first, V, PEEL, BLOCK)
+    at, col = block_of(start, first, V, PEEL, BLOCK)
     peak = tl.load(stats + 4 * row)
     rest = tl.load(stats + 4 * row + 1)
     total = rest + tl.exp(tl.load(stats + 4 * row + 2) - peak)
@@ -160,12 +142,6 @@ def _backward(
         tl.store(dx + col * g3, grad, at < V)
 
 
-def _peels(V: int, block: int, *placed: Placed) -> bool:
-    """Whether rows have whole blocks, and do not all begin at a multiple of 16 bytes."""
-    together = step(V, *placed)
-    return block <= V and all(t.element_size() * together % 16 and last == 1 for t, *_, last in placed)
-
-
 def _kernel(
     logits: Tensor, target: Tensor, given: Tensor | None, ignore_index: int, smoothing: float, z_loss: float,
     reduction: str, overwrite: bool,
@@ -177,7 +153,7 @@ def _kernel(
     block = min(1 << max(V - 1, 127).bit_length(), 8192)
     for slab in slabs(logits, target.unsqueeze(-1), loss.unsqueeze(-1), stats):
         of_logits, (of_target, *to_target, _), (of_loss, *_), (of_stats, *_) = slab.tensors
-        peel = _peels(V, block, of_logits)
+        peel = peels(V, block, of_logits)
         launch(
             _forward, slab.rows, max(block // (512 if peel else 1024), 1), *of_logits, of_target, *to_target, of_loss,
             of_stats, ignore_index, smoothing, z_loss, slab.b, slab.c, V, SMOOTH=smoothing != 0, Z=z_loss != 0,
@@ -226,7 +202,7 @@ def _fill(
     block = min(1 << max(V - 1, 127).bit_length(), 4096)
     for slab in slabs(dloss.expand(target.shape).unsqueeze(-1), logits, target.unsqueeze(-1), stats, dx):
         (of_dloss, *to_dloss, _), of_logits, (of_target, *to_target, _), (of_stats, *_), of_dx = slab.tensors
-        peel = _peels(V, block, of_logits, of_dx)
+        peel = peels(V, block, of_logits, of_dx)
         launch(
             _backward, slab.rows * -(-V // block), max(block // (512 if peel else 1024), 1), of_dloss, *to_dloss,
             *of_logits, of_target, *to_target, of_stats, denominator, *of_dx, smoothing, z_loss, slab.b, slab.c, V,
