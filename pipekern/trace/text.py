@@ -7,7 +7,8 @@ from pipekern.trace.timeline import COLLECTIVES, Span, Timeline
 LEGEND = "F forward  B backward  W weight gradient  < wait to receive  > wait to send  . idle"
 BESIDE = "g values gathered  r gradients summed, between replicas"
 _FILL = {
-    "F": "f", "B": "b", "W": "w", "BW": "b", "SEND": ">", "RECV": "<", "JOIN": "<", "GATHER": "g", "REDUCE": "r", "AWAY": "^", "BACK": "v",
+    "F": "f", "B": "b", "W": "w", "BW": "b", "SEND": ">", "RECV": "<", "JOIN": "<", "GATHER": "g", "REDUCE": "r",
+    "AWAY": "^", "BACK": "v",
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def _stage(net: nn.Module, away: bool, defers: bool = False, how: str = "none", 
     root, units = cut(nn.Sequential(copy.deepcopy(net)).to(device), 0)
     offload = Offload([0], device, Host(device)) if away else None
     keys = [list(range(len(units))) for _ in range(2)]
-    return Stage(1, root, units, device, keys, 0, defers, [how] * len(units), None, offload)
+    return Stage(1, root, units, device, keys, 0, defers, [how] * len(units), offload=offload)
 
 
 def _input(device: torch.device = CPU) -> Tensor:
