@@ -62,7 +62,7 @@ def test_golden(size: int) -> None:
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _random(seed: int) -> list[tuple[Tensor, ...]]:
+def _random(seed: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Each dtype: what this replica gave, and what it got; two of each under way at once."""
     replicas, world = _replicas()
     torch.manual_seed(seed + replicas.index)

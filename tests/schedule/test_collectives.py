@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -166,8 +165,7 @@ def test_a_sum_that_fits_into_the_drain_is_free(ranks: int) -> None:
 
 def test_costs_that_are_none() -> None:
     for name in ("gather", "reduce"):
-        three: dict[str, Any] = {name: [1, 2, 3]}
         with pytest.raises(ConfigError, match=name):
-            Costs(1, 1, 1, **{name: -1})
+            Costs(1, 1, 1, **{name: -1.0})
         with pytest.raises(ConfigError, match=rf"{name} has 3 values; this schedule needs one number or 2 values"):
-            build("1f1b", ranks=2, microbatches=2).simulate(Costs(1, 1, 1, **three))
+            build("1f1b", ranks=2, microbatches=2).simulate(Costs(1, 1, 1, **{name: [1.0, 2, 3]}))  # type: ignore[arg-type]
