@@ -23,35 +23,39 @@ _GRACE = 1.0  # seconds until it is known who broke a connection
 
 
 class Pending:
-    """A collective under way. ``started``, and ``ended``, when it was first seen to have, are on the clock of
-    ``perf_counter_ns``.
+    """A collective under way, ``on_device`` in its streams. ``started``, and ``ended``, when it was first seen to have,
+    are on the clock of ``perf_counter_ns``.
     """
 
-    def __init__(self, work: Any, what: str, check: Callable[[], None], then: Callable[[], object] = lambda: None):
+    def __init__(
+        self, work: Any, what: str, on_device: bool, check: Callable[[], None], then: Callable[[], object] | None
+    ):
         self.what, self.started, self.ended = what, time.perf_counter_ns(), 0
-        self._work, self._check, self._then = work, check, then
+        self._work, self._on_device, self._check, self._then = work, on_device, check, then
 
     def done(self) -> bool:
         """Whether it has ended; on a GPU, whether its work is."""
-        if not self.ended and (self._work is None or self._work.is_completed()):
+        if not self.ended and self._work.is_completed():
             self.ended = time.perf_counter_ns()
         return bool(self.ended)
 
     def wait(self) -> None:
-        """Until the result is there: on a GPU, for the current stream. Raises what happens to the job meanwhile."""
+        """Until the result is there: on a GPU the current stream waits, and not the host. Raises what happens to the job
+        meanwhile.
+        """
         pause = 0.00002
         try:
-            while not self.done():
+            while not self._on_device and not self.done():
                 self._check()
                 time.sleep(pause)
                 pause = min(2 * pause, _SLICE)
-            if self._work is not None:
-                self._work.wait()
-                self._then()
+            self._work.wait()
         except RuntimeError as error:
             self._blame()
             raise TransportError(f"{self.what} between the replicas of a stage failed: {error}") from error
-        self._work = None
+        if self._then is not None:
+            self._then()
+            self._then = None
 
     def _blame(self) -> None:
         """Raise what has happened to the job: a broken connection is seen before it is known whose end it was."""
@@ -78,37 +82,39 @@ class Replicas:
     def sum(self, values: Tensor) -> Pending:
         """Add ``values`` of all replicas in place."""
         self.sent["reduce"] += 2 * self._share(values)
-        return self._pending(dist.all_reduce(values, group=self._group, async_op=True), "a sum")
+        return self._pending(dist.all_reduce(values, group=self._group, async_op=True), "a sum", values)
 
     def scatter(self, values: Tensor, own: Tensor) -> Pending:
         """The sum of all replicas' ``values``, of which replica i gets the i-th equal part, into ``own``."""
         self.sent["reduce"] += self._share(values)
         if values.is_cuda:
-            return self._pending(_reduce_scatter(own, values, group=self._group, async_op=True), "a sum of parts")
+            return self._pending(
+                _reduce_scatter(own, values, group=self._group, async_op=True), "a sum of parts", values
+            )
         parts = torch.empty_like(values)  # gloo's own is a blocking call; this sends as much, and adds in order
         work = dist.all_to_all_single(parts, values, group=self._group, async_op=True)
         rows = parts.view(self.size, -1)
-        return self._pending(work, "a sum of parts", lambda: torch.sum(rows, 0, out=own))
+        return self._pending(work, "a sum of parts", values, lambda: torch.sum(rows, 0, out=own))
 
     def gather(self, values: Tensor) -> Pending:
         """All replicas' parts into ``values``, whose own part is there."""
         self.sent["gather"] += self._share(values)
         own = values.tensor_split(self.size)[self.index]
-        return self._pending(_all_gather(values, own, group=self._group, async_op=True), "a gather")
+        return self._pending(_all_gather(values, own, group=self._group, async_op=True), "a gather", values)
 
     def equalise(self, values: Tensor) -> None:
         """Take the first replica's ``values``, of any dtype and layout."""
         flat = values.reshape(-1).clone().view(torch.uint8)
         work = dist.broadcast(flat, group=self._group, group_src=0, async_op=True)
-        self._pending(work, "a broadcast").wait()
+        self._pending(work, "a broadcast", flat).wait()
         if self.index:
             values.copy_(flat.view(values.dtype).view(values.shape))
 
     def _share(self, values: Tensor) -> int:
         return values.nbytes * (self.size - 1) // self.size
 
-    def _pending(self, work: Any, what: str, then: Callable[[], object] = lambda: None) -> Pending:
-        return Pending(work, what, self._check, then)
+    def _pending(self, work: Any, what: str, values: Tensor, then: Callable[[], object] | None = None) -> Pending:
+        return Pending(work, what, values.is_cuda, self._check, then)
 
 
 def speed(replicas: Replicas, device: torch.device, repeats: int = 3) -> tuple[float, float]:

@@ -18,7 +18,8 @@ _KINDS = {"SEND_F": "SEND", "SEND_B": "SEND", "RECV_F": "RECV", "RECV_B": "RECV"
 def gathered(parts: Assembly, executor: Executor) -> Timeline:
     """The timeline of what ``executor`` ran last, in microseconds from the first rank's start; collective."""
     beside = [] if parts.store is None or executor is not parts.train else parts.store.spans
-    between = [(COLLECTIVES.index(op), stage, i, done.started, done.ended) for op, stage, i, done in beside]
+    done = [row for row in beside if row[3].done()]
+    between = [(COLLECTIVES.index(op), stage, i, one.started, one.ended) for op, stage, i, one in done]
     own = torch.tensor(executor.times, dtype=torch.int64), parts.peaks(), torch.tensor(between, dtype=torch.int64)
     rows = parts.star.gather(own)
     times, peaks = [clock.tolist() for clock, *_ in rows], [peak for _, held, _ in rows for peak in held]
