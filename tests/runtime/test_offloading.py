@@ -18,7 +18,7 @@ from pipekern.runtime.runner import Held
 from tests.runtime import huggingface
 from tests.runtime.models import make
 from tests.runtime.parity import ALL, same_bits
-from tests.runtime.step import PLACES, gradients, run
+from tests.runtime.step import PLACES, chunks, gradients, run
 
 SCHEDULES = {"gpipe": 1, "1f1b": 3, "interleaved-1f1b": 2, "zb-h1": 3, "zb-v": 2, "v-half": 3}  # and ranks
 KINDS = ["batchnorm", "tied gpt", "lazy", "dataclass, within"]
@@ -152,9 +152,9 @@ class Peak(NamedTuple):
     held: float
 
 
-def _peak(ranks: int, options: dict[str, Any]) -> Peak:
+def _peak(ranks: int, options: dict[str, Any], blocks: int = 6) -> Peak:
     x, y, most, count = torch.randn(12, 16, 16), torch.randn(12), [0], Held.count
-    with pk.Pipeline(_net(6), loss_fn=F.mse_loss, microbatches=6, ranks=ranks, timeout=20.0, **options) as pipe:
+    with pk.Pipeline(_net(blocks), loss_fn=F.mse_loss, microbatches=6, ranks=ranks, timeout=20.0, **options) as pipe:
         pipe.train_step(x, y)  # gradients are there from here on
         with Made() as made, pytest.MonkeyPatch.context() as patch:
 
@@ -169,18 +169,24 @@ def _peak(ranks: int, options: dict[str, Any]) -> Peak:
 
 def _peaks(ranks: int, folder: str, schedule: str, how: str) -> list[Peak]:
     """Without, with some and with all put away: into files, so that only what is on the device counts."""
-    options = {"schedule": schedule, "recompute": how}
+    stages = ranks * chunks(schedule)  # of three blocks each, for the plan counts stages as equal
+    options = {"schedule": schedule, "recompute": how, "split": [3] * (stages - 1) + [4]}
     files: list[dict[str, Any]] = [{"offload": share, "offload_folder": folder} for share in (0.4, 1.0)]
-    return [_peak(ranks, {**options, **away}) for away in ({}, *files)]
+    return [_peak(ranks, {**options, **away}, 3 * stages) for away in ({}, *files)]
 
 
 def _check_bytes(schedule: str, ranks: int, how: str, folder: Path) -> None:
-    """What is alive falls as the plan says, within 5 % and the 64th part that is too small to move."""
+    """What is alive falls as the plan says, within 5 % and the 64th part that is too small to move.
+
+    It may fall by more: of what will leave, a stage's output is not held even before. And an input that came in a slot
+    comes back in memory of its own.
+    """
+    message = 0 if ranks == 1 else 2 * 16 * 16 * 4 * chunks(schedule)
     for before, *others in run(ranks > 1, _peaks, ranks, str(folder), schedule, how):
         for after in others:
             want = before.bytes * after.held / before.held
-            room = 0.05 * want + (before.bytes - want) / 64
-            assert abs(after.bytes - want) < room, (before, after)
+            room = 0.05 * want + (before.bytes - want) / 64 + message * after.held
+            assert -want / 3 < after.bytes - want < room, (before, after)
     assert list(folder.iterdir()) == []
 
 
