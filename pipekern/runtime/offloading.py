@@ -38,7 +38,8 @@ def _within_memory(
         [next(way for way in unit.ways if way.how == how) for unit, how in zip(row, hows, strict=True)]
         for row, hows in zip(rows, recompute, strict=True)
     ]
-    whole = [sum(way.kept for way in row) for row in ways]
+    inputs = [0.0, *outputs[:-1]]  # in a slot until they leave, and in memory of their own when they are back
+    whole = [sum(way.kept for way in row) + own for row, own in zip(ways, inputs, strict=True)]
     waiting = [sum(unit.waiting for unit in row) for row in rows]
     again = [
         max(unit.ways[0].kept - way.kept for unit, way in zip(row, chosen, strict=True))
