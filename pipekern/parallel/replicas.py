@@ -40,8 +40,8 @@ class Pending:
         return bool(self.ended)
 
     def wait(self) -> None:
-        """Until the result is there: on a GPU the current stream waits, and not the host. Raises what happens to the job
-        meanwhile.
+        """Until the result is there: on a GPU the current stream waits, and not the host. Raises what happens to the
+        job meanwhile.
         """
         pause = 0.00002
         try:

@@ -13,16 +13,17 @@ from torch import nn
 from pipekern import schedule as schedules
 from pipekern._version import __version__
 from pipekern.errors import ConfigError
-from pipekern.optim.store import PRECISIONS, Dtypes, Layout, lay_out, low_precision
+from pipekern.optim.store import PRECISIONS, Layout, low_precision
 from pipekern.plan.choose import choose
 from pipekern.plan.offload import Offload
 from pipekern.plan.partition import partition
+from pipekern.runtime.layout import layouts_of, refuse_unheld
 from pipekern.runtime.offloading import offloading
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.recomputation import recomputation
 from pipekern.runtime.skips import Hop, hops, sent_directly
-from pipekern.schedule.collectives import Collectives, last_weights
+from pipekern.schedule.collectives import Collectives
 from pipekern.schedule.comms import Edge, Program
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.estimate import estimate, estimate_waiting
@@ -116,7 +117,9 @@ def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25,
         named = [pair for unit in units for pair in unit.named_parameters()]
         dtypes = low_precision(named, modules, PRECISIONS[options.precision])
     if dtypes or replicas > 1:
-        layouts = _layouts(order, stages, dtypes, bucket, together)
+        layouts = layouts_of(order, stages, dtypes, bucket, together)
+    if options.zero == 3 and options.memory is not None:
+        refuse_unheld(options, order, stages, dtypes, replicas)
     counts_of = {stage: len(layout) for stage, layout in layouts.items()} if replicas > 1 else {}
     program = order.program(direct, Collectives(counts_of if options.zero else {}, counts_of))
     recompute = recomputation(options, stages, program)
@@ -139,24 +142,6 @@ def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25,
         None if options.precision is None else PRECISIONS[options.precision],
         offload,
     )
-
-
-def _layouts(
-    order: Schedule, stages: Sequence[Sequence[Unit]], dtypes: Dtypes, bucket: int, together: bool
-) -> dict[int, Layout]:
-    """The layout of every stage. What several stages have lies where its rank's last weight work is."""
-    named = {stage: [pair for unit in units for pair in unit.named_parameters()] for stage, units in enumerate(stages)}
-    holders: dict[int, set[int]] = {}
-    for stage, pairs in named.items():
-        for _, p in pairs:
-            holders.setdefault(id(p), set()).add(stage)
-    layouts: dict[int, Layout] = {}
-    shared = {key: found for key, found in holders.items() if len(found) > 1}
-    for here in [range(order.stages)] if together else [order.stages_of(rank) for rank in range(order.ranks)]:
-        ends = [stage for row in order.actions for stage in last_weights(row) if stage in here]
-        home = {key: max(found & set(here), key=ends.index) for key, found in shared.items() if found & set(here)}
-        layouts |= lay_out({stage: named[stage] for stage in here}, home, dtypes, bucket)
-    return layouts
 
 
 def _check_microbatches(microbatches: object) -> None:

@@ -69,10 +69,11 @@ class Options:
             raise ConfigError(f"loss_scale with precision={self.precision!r}: it is for precision='fp16'; leave it out")
         if not self.timeout > 0:
             raise ConfigError(f"timeout={self.timeout!r}; give the seconds that a silent rank is waited for, above 0")
-        if self.memory is not None and "auto" not in (self.recompute, self.offload):
+        if self.memory is not None and "auto" not in (self.recompute, self.offload) and self.zero < 3:
             raise ConfigError(
-                f"memory={self.memory} is what recompute='auto' or offload='auto' chooses under, and recompute="
-                f"{self.recompute!r}, offload={self.offload!r}; set one of them to 'auto', or leave memory out"
+                f"memory={self.memory} is what recompute='auto' or offload='auto' chooses under, or zero=3 is held to, "
+                f"and recompute={self.recompute!r}, offload={self.offload!r}, zero={self.zero}; set one of them, or "
+                "leave memory out"
             )
         if self.recompute == self.offload == "auto":
             raise ConfigError(
