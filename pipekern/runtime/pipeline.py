@@ -62,7 +62,8 @@ class Pipeline:
     * ``codec``: how activations and gradients travel between CUDA devices: as they are, float32 as ``"bf16"``, or all
       floats as ``"fp8"`` with a scale each 128 values; what arrives has its dtype again. ``pk.plan.choose_codec`` tells
       by a link's bandwidth.
-    * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
+    * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for. A process that is stopped,
+      but not by a debugger, gets an eighth of it, and at least one second.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
     dimension. After an exception a pipeline in one process can be used again (clear the gradients); one among processes
