@@ -104,7 +104,7 @@ def draw(options: Options, ranks: int) -> Blueprint:
         order.forward_only().program(direct),
         stages,
         starts,
-        recomputation(options, stages, program),
+        recomputation(options, stages, skips, program),
         find_ties(stages, order.stage_rank),
         parameters,
         state,

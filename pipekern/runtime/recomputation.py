@@ -6,11 +6,12 @@ import logging
 from collections.abc import Sequence
 
 from pipekern.errors import ConfigError
-from pipekern.plan.cost import Layer
-from pipekern.plan.memory import FLOAT32, rank_memory
+from pipekern.plan.memory import slot_bytes
 from pipekern.plan.recompute import UnitWays, Way, choose_recompute
+from pipekern.runtime.messages import message_bytes
 from pipekern.runtime.options import Options
 from pipekern.runtime.profile import LayerCosts
+from pipekern.runtime.skips import Hop
 from pipekern.schedule.comms import Program
 from pipekern.stage.recompute import CHOICES
 from pipekern.stage.unit import Unit
@@ -18,7 +19,9 @@ from pipekern.stage.unit import Unit
 _STATES = 4  # a trained weight, its gradient, and two moments of Adam
 
 
-def recomputation(options: Options, stages: Sequence[Sequence[Unit]], program: Program) -> list[list[str]]:
+def recomputation(
+    options: Options, stages: Sequence[Sequence[Unit]], skips: Sequence[Hop], program: Program
+) -> list[list[str]]:
     """How each unit runs, by stage; one of ``CHOICES``. What is chosen goes to the log. Raises ``ConfigError``."""
     if options.recompute != "auto":
         return [[options.recompute] * len(units) for units in stages]
@@ -34,7 +37,9 @@ def recomputation(options: Options, stages: Sequence[Sequence[Unit]], program: P
         first = last[-1] + 1 if last else 0
         last.append(first + len(units) - 1)
         rows.append([_ways(costs, unit, unit == first, unit == last[-1]) for unit in range(first, last[-1] + 1)])
-    fixed = _fixed(stages, [costs.outputs[unit] for unit in last], program)
+    sizes = message_bytes(stages, skips, costs)
+    rings = slot_bytes(program, lambda a, b: sizes[min(a, b), max(a, b)])
+    fixed = _fixed(stages, rings, program)
     chosen = choose_recompute(program.schedule, rows, fixed, _limits(options, program.schedule.ranks))
     text = "; ".join(f"stage {stage}: {' '.join(hows)}" for stage, hows in enumerate(chosen))
     logging.getLogger("pipekern").info("recompute='auto' chooses %s", text)
@@ -61,10 +66,8 @@ def _ways(costs: LayerCosts, unit: int, starts: bool, ends: bool) -> UnitWays:
     return UnitWays([Way(how, kept + more - less * (how != "none"), t) for how, kept, t in rows], costs.waiting[unit])
 
 
-def _fixed(stages: Sequence[Sequence[Unit]], outputs: Sequence[float], program: Program) -> list[float]:
+def _fixed(stages: Sequence[Sequence[Unit]], rings: Sequence[float], program: Program) -> list[float]:
     """Bytes of a rank besides activations: parameters with all that belongs to them, buffers, and messages."""
-    layers = [[Layer("", 0, 0, 0, output=size)] for size in outputs]
-    rings = [memory.slots for memory in rank_memory(program, layers, FLOAT32)]
     fixed = []
     for rank, ring in enumerate(rings):
         units = [unit for stage in program.schedule.stages_of(rank) for unit in stages[stage]]
