@@ -37,12 +37,13 @@ _TRAIN = {
 _EVALUATE = {"RECV_F": "receive_evaluate", "F": "evaluate", "SEND_F": "send_evaluate"}
 
 
-def links(blueprint: Blueprint, codec: str) -> list[Link]:
-    """Every link of the job, in the same order on every rank: between stages with ``codec``, between holders of a
-    weight, and the star.
+def links(blueprint: Blueprint, codecs: Mapping[str, str]) -> list[Link]:
+    """Every link of the job, in the same order on every rank: between stages with its of ``codecs``, between holders of
+    a weight, and the star.
     """
-    home = blueprint.schedule.stage_rank
-    between = [Link(f"{a}>{b}", home[a], home[b], slots, codec) for (a, b), slots in sorted(blueprint.slots().items())]
+    home, slots = blueprint.schedule.stage_rank, sorted(blueprint.slots().items())
+    names = {f"{a}>{b}": (home[a], home[b], count) for (a, b), count in slots}
+    between = [Link(name, *ends, codecs[name]) for name, ends in names.items()]
     return between + tie_links(blueprint.ties) + star_links(blueprint.schedule.ranks, blueprint.root_rank)
 
 
@@ -56,12 +57,13 @@ class Assembly:
         stages: Mapping[int, Stage],
         loss_fn: Callable[[Any, Any], Any],
         loss_path: str,
+        codecs: Mapping[str, str],
         transport: Transport,
         senders: Mapping[str, Sender],
         receivers: Mapping[str, Receiver],
     ):
         self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
-        self.loss_path = loss_path
+        self.loss_path, self.codecs = loss_path, codecs
         last = stages.get(blueprint.schedule.stages - 1)
         self.loss = Loss(loss_fn, None if last is None else last.head)
         self.senders, self.receivers = senders, receivers

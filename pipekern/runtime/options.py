@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,20 @@ class Options:
     inputs: Sequence[str] | None = None
     memory: float | Sequence[float] | None = None
     fuse_loss: bool | None = None
-    codec: str = "none"
+    codec: str | Mapping[str, str] = "none"
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
         check_name(self.transport)
-        for name, choices in (("recompute", (*CHOICES, "auto")), ("on_nonfinite", POLICIES), ("codec", CODECS)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
+        codecs = [self.codec] if isinstance(self.codec, str) else list(self.codec.values())
+        for name, values, choices in (
+            ("recompute", [self.recompute], (*CHOICES, "auto")),
+            ("on_nonfinite", [self.on_nonfinite], POLICIES),
+            ("codec", codecs, (*CODECS, "auto") if isinstance(self.codec, str) else CODECS),
+        ):
+            wrong = [value for value in values if value not in choices]
+            if wrong:
+                raise ConfigError(f"{name}={wrong[0]!r}; choose one of {', '.join(map(repr, choices))}")
         if not self.timeout > 0:
             raise ConfigError(f"timeout={self.timeout!r}; give the seconds that a silent rank is waited for, above 0")
         if self.memory is not None and self.recompute != "auto":

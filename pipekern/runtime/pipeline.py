@@ -59,9 +59,9 @@ class Pipeline:
     * ``fuse_loss``: a last layer that is an ``nn.Linear``, and an ``nn.CrossEntropyLoss`` or ``pk.nn.CrossEntropyLoss``
       without class weights, run as one: the logits of all tokens are never there. If None, where the last stage is on a
       GPU: on a CPU it saves memory and costs time. ``loss_path`` says what is done.
-    * ``codec``: how activations and gradients travel between CUDA devices: as they are, float32 as ``"bf16"``, or all
-      floats as ``"fp8"`` with a scale each 128 values; what arrives has its dtype again. ``pk.plan.choose_codec`` tells
-      by a link's bandwidth.
+    * ``codec``: how floats travel between CUDA devices: as they are, float32 as ``"bf16"``, or all as ``"fp8"`` with a
+      scale each 128 values; link by link, ``{"0>1": "bf16"}`` from stage 0 to 1; or ``"auto"``, with the least loss
+      that the costs in ``split`` hide at each link's measured bandwidth. ``codecs`` says what is done.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for. A process that is stopped,
       but not by a debugger, gets an eighth of it, and at least one second.
 
@@ -89,7 +89,7 @@ class Pipeline:
         inputs: Sequence[str] | None = None,
         memory: float | Sequence[float] | None = None,
         fuse_loss: bool | None = None,
-        codec: str = "none",
+        codec: str | Mapping[str, str] = "none",
     ):
         self._parts = start(
             Options(
@@ -97,7 +97,7 @@ class Pipeline:
                 transport, timeout, inputs, memory, fuse_loss, codec,
             )
         )  # fmt: skip
-        self.loss_path = self._parts.loss_path
+        self.loss_path, self.codecs = self._parts.loss_path, self._parts.codecs
         self._guard = Guard(self._parts, on_nonfinite)
         self._seed = seed
         self._step = 0

@@ -11,6 +11,7 @@ import torch
 from pipekern.errors import ConfigError, PipekernError
 from pipekern.runtime.assembly import Assembly, build_stages, links
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
+from pipekern.runtime.codecs import link_codecs
 from pipekern.runtime.head_loss import choose_head
 from pipekern.runtime.limits import limits, memory_of
 from pipekern.runtime.options import Options
@@ -34,7 +35,7 @@ def start(options: Options) -> Assembly:
 
 
 def _assemble(options: Options, world: World | None) -> Assembly:
-    blueprint, devices = _agreed(options, world)
+    options, blueprint, devices = _agreed(options, world)
     schedule, rank = blueprint.schedule, None if world is None else world.rank
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
     if rank is not None:
@@ -43,25 +44,33 @@ def _assemble(options: Options, world: World | None) -> Assembly:
         options = replace(options, fuse_loss=devices[schedule.stage_rank[-1]].type == "cuda")
     loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
     stages = build_stages(blueprint, here, devices, options)
-    transport, senders, receivers = open_transport(options.transport, links(blueprint, options.codec), devices, world)
-    return Assembly(blueprint, rank, stages, options.loss_fn, loss_path, transport, senders, receivers)
+    codecs = link_codecs(options, blueprint, devices, world)
+    opened = open_transport(options.transport, links(blueprint, codecs), devices, world)
+    return Assembly(blueprint, rank, stages, options.loss_fn, loss_path, codecs, *opened)
 
 
-def _agreed(options: Options, world: World | None) -> tuple[Blueprint, list[torch.device]]:
-    """The blueprint, once all ranks have drawn the same, and a device a rank. What is wrong on one is raised on all."""
+def _agreed(options: Options, world: World | None) -> tuple[Options, Blueprint, list[torch.device]]:
+    """The options with what ranks agree on, the blueprint once all have drawn the same, and a device a rank.
+
+    What is wrong on one is raised on all.
+    """
     if world is None:
         size = _size(options.ranks, world)
         devices = _devices(options.devices, size, launched=False)
         if _wants_memory(options):
             rows = [memory_of(options.module, device, devices.count(device)) for device in devices]
             options = replace(options, memory=limits(rows, lambda a, b: True))
-        return draw(options, size), devices
+        return options, draw(options, size), devices
     options = _informed(options, world)
     failure: PipekernError | None = None
     try:
         devices = _devices(options.devices, _size(options.ranks, world), launched=True)
         blueprint = draw(options, world.size)
-        row = blueprint.row() | {"seed": options.seed, "fuse_loss": options.fuse_loss}
+        row = blueprint.row() | {
+            "seed": options.seed,
+            "fuse_loss": options.fuse_loss,
+            "codec": options.codec if isinstance(options.codec, str) else dict(options.codec),
+        }
     except PipekernError as error:
         failure, row = error, {"error": str(error)}
     rows = world.gather(row)
@@ -70,7 +79,7 @@ def _agreed(options: Options, world: World | None) -> tuple[Blueprint, list[torc
     faults = [f"rank {rank}: {row['error']}" for rank, row in enumerate(rows) if "error" in row] or disagreements(rows)
     if faults:
         raise ConfigError("the ranks were not given the same pipeline: " + "; ".join(faults))
-    return blueprint, devices
+    return options, blueprint, devices
 
 
 def _informed(options: Options, world: World) -> Options:

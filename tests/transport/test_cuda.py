@@ -174,23 +174,6 @@ def test_each_link_says_which_way_it_goes(name: str) -> None:
         assert way == "ipc" if name == "fake-cuda" else way.startswith("staged: CUDA refused an IPC handle")
 
 
-def self_test(ends: Ends) -> Steps:
-    from pipekern.transport import probe
-    from pipekern.transport.open import Opened
-
-    probe.BYTES = 1 << 16
-    opened = Opened(ends.transport, ends.senders, ends.receivers)
-    rows = probe.measure(ends.rank, probe.links_between(2), opened, CPUS[0], seconds=0.1)
-    yield None
-    return rows
-
-
-def test_the_self_test_measures_every_link() -> None:
-    rows, own = run("fake-cuda", self_test)
-    assert [row.link for row in rows] == ["0>1", "1>0"] and rows[1:] == own
-    assert all(row.way == "ipc" and row.latency > 0 and row.bandwidth > 0 for row in rows)
-
-
 def train(transport: str, ranks: int | None, schedule: str, codec: str = "none") -> dict[str, Tensor]:
     """Three steps; this process's parameters afterwards."""
     torch.manual_seed(0)
