@@ -80,7 +80,8 @@ class CudaSender:
         given = given and not tensor.is_inference()  # which counts no versions
         sent = self.end.send_tensor(tag, tensor, requires_grad, digest, current_stream(self.device), given)
         if sent:
-            self._sent.append(_Sent([tensor], [tensor._version] if given else None))
+            # Without its graph, at whose other end may be what this stage has received, and so a slot.
+            self._sent.append(_Sent([tensor.detach()], [tensor._version] if given else None))
         return sent
 
     def reap(self) -> None:
@@ -120,21 +121,21 @@ class CudaReceiver:
         """See :meth:`pipekern.transport.base.Receiver.ready`."""
         return self.end.ready()
 
-    def recv(self, tag: int, wait: float | None = None) -> Message | None:
-        """See :meth:`pipekern.transport.base.Receiver.recv`; the tensors are for the current stream."""
-        arrived = self.end.recv(tag, self._limit(wait), current_stream(self.device))
+    def recv(self, tag: int, wait: float | None = None, into: Tensor | None = None) -> Message | None:
+        """See :meth:`pipekern.transport.base.Receiver.recv`; the tensors are for the current stream.
+
+        A link with a codec adds to ``into`` while it undoes the cast. Without one torch's sum reads the slot as well.
+        """
+        limit, stream = self._limit(wait), current_stream(self.device)
+        if into is not None and self.link.codec != "none":
+            added = self.end.recv_into(tag, into, limit, stream)
+            if added is not False:
+                return added
+        arrived = self.end.recv(tag, limit, stream)
         if arrived is None or isinstance(arrived, Message):
             return arrived
         bundle, descriptor, digest = arrived
         return Message(_unbundle(bundle, descriptor), digest)
-
-    def recv_into(self, tag: int, tensor: Tensor, wait: float | None = None) -> bool:
-        """Add the one tensor of the next message to ``tensor``, in one pass over both; False after ``wait`` seconds.
-
-        Contiguous, of the message's shape and dtype: float32, bfloat16 or float16. Raises ``MessageMismatch`` for
-        another.
-        """
-        return self.end.recv_into(tag, tensor, self._limit(wait), current_stream(self.device))
 
     def _limit(self, wait: float | None) -> float:
         if self._alone and not self.end.announced():

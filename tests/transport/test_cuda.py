@@ -81,16 +81,31 @@ def add(_: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, C
         for tag in range(2):
             assert sender.send(tag, value, given=True)
         got, total = value_of(receivers[name], 0), torch.randn(300, 3)
-        expected = total + got
-        assert receivers[name].recv_into(1, total)
-        assert torch.equal(total, expected)
-        del got
-        assert sender.send(2, value)
-        with pytest.raises(MessageMismatch, match="is to be added to"):
-            receivers[name].recv_into(2, total[:5])
+        before, expected = total.clone(), total + got
+        message = receivers[name].recv(1, into=total)
+        assert message is not None and (message.value is total) == (sender.link.codec != "none")
+        assert torch.equal(total, before if sender.link.codec == "none" else expected)
+        del got, message
+        # What cannot be added is received as ever.
+        for into, other in (
+            (total[:5], value),
+            (total.T, value),
+            (total, (value, 1)),
+            (total, None),
+            (total, value > 0),
+        ):
+            kept = into.clone()
+            assert sender.send(2, other)
+            message = receivers[name].recv(2, into=into)
+            assert message is not None and message.value is not into and torch.equal(into, kept)
+            del message
+        assert receivers[name].end.recv_into(3, total, 0.0, 0) is None
+        assert sender.send(3, value)
+        with pytest.raises(MessageMismatch, match="has tag 3, the program expects 4"):
+            receivers[name].recv(4, into=total)
 
 
-def test_a_message_is_added_to_a_sum_in_one_pass() -> None:
+def test_what_a_codec_carries_is_added_to_a_sum_in_one_pass() -> None:
     alone("add")
 
 
@@ -213,21 +228,23 @@ def test_a_pipeline_trains_with_a_codec(codec: str, most: float) -> None:
     assert 0 < difference < most
 
 
-def trained_here(schedule: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def trained_here(schedule: str, ranks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     fake_cuda.load("fake-cuda")
     launched = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
     if not launched:
         del os.environ["RANK"]
-    over_cuda = train("cuda", None if launched else 2, schedule)
-    return over_cuda, train("local", 2, schedule)
+    over_cuda = train("cuda", None if launched else ranks, schedule)
+    return over_cuda, train("local", ranks, schedule)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_pipeline_trains_to_the_same_bits(schedule: str, processes: int) -> None:
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_pipeline_trains_to_the_same_bits(schedule: str, ranks: int, together: bool) -> None:
+    """In one process, and a rank a process. A stage in the middle gives its slots back by the end of a step."""
     fake_cuda.library()
     names: set[str] = set()
-    for over_cuda, reference in values(launch(trained_here, processes, schedule)):
+    for over_cuda, reference in values(launch(trained_here, 1 if together else ranks, schedule, ranks)):
         names |= over_cuda.keys()
         for name, value in over_cuda.items():
             assert torch.equal(value, reference[name]), name

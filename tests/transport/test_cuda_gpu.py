@@ -198,7 +198,7 @@ def test_kernels_are_the_host_bodies_bit_for_bit(codec: str, dtype: torch.dtype,
         del got
         total = torch.ones(count, dtype=dtype, device=CARD)
         send(senders["0>1"], 1, value)
-        assert receivers["0>1"].recv_into(1, total)
+        assert receivers["0>1"].end.recv_into(1, total, -1.0, torch.cuda.current_stream().cuda_stream)
         assert torch.equal(total.cpu(), (expected.float() + 1).to(dtype))
     transport.close()
 
