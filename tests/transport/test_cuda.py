@@ -171,7 +171,37 @@ def test_a_received_tensor_outlives_the_transport() -> None:
     alone("outlives")
 
 
-BODIES = {"cast": cast, "add": add, "gift": gift, "nobody": nobody, "lets_go": lets_go, "outlives": outlives}
+def relays(transport: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> None:
+    """Every slot's message goes on out of its slot, alone and in a bundle; nobody looks whether that was read."""
+    for given in (False, True):
+        for tag in (0, 1):
+            assert senders["none 0>1"].send(tag, torch.full((300,), 1.0 + tag))
+        one, other = value_of(receivers["none 0>1"], 0), value_of(receivers["none 0>1"], 1)
+        assert senders["bf16 0>1"].send(0, one, given=given)
+        assert senders["bf16 0>1"].send(1, (other, torch.ones(300)), given=given)
+        del one, other
+        assert receivers["none 0>1"].held() == []
+        for tag in (2, 3):
+            assert senders["none 0>1"].send(tag, torch.zeros(300))
+        assert not value_of(receivers["none 0>1"], 2).any() and not value_of(receivers["none 0>1"], 3).any()
+        assert value_of(receivers["bf16 0>1"], 0).unique().item() == 1.0
+        assert [part.unique().item() for part in value_of(receivers["bf16 0>1"], 1)] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("name", list(fake_cuda.KNOBS))
+def test_what_is_sent_on_out_of_its_slot_does_not_keep_it(name: str) -> None:
+    alone("relays", name)
+
+
+BODIES = {
+    "relays": relays,
+    "cast": cast,
+    "add": add,
+    "gift": gift,
+    "nobody": nobody,
+    "lets_go": lets_go,
+    "outlives": outlives,
+}
 
 
 def ways(ends: Ends) -> Steps:
