@@ -168,9 +168,10 @@ def train(processes: bool, schedule: str) -> float:
     return max(differences)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-def test_training_equals_the_unsplit_module(schedule: str) -> None:
-    assert max(values(launch(train, 2, True, schedule, timeout=100.0))) < 1e-4
+def test_training_equals_the_unsplit_module(schedule: str, ranks: int) -> None:
+    assert max(values(launch(train, ranks, True, schedule, timeout=100.0))) < 1e-4
 
 
 def test_training_in_one_process() -> None:

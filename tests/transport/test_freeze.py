@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.transport.programs import ON_FAKE_CUDA, PROCESSES, SHM, Ends, receive, send
+from tests.transport.programs import ON_FAKE_CUDA, ON_GPU, PROCESSES, SHM, Ends, receive, send
 from tests.transport.test_faults import Steps, run_to_failure, told, wait_for_failure
 
 SHM_IN_FULL = pytest.param("shm", marks=[*SHM.marks, pytest.mark.full])  # the watcher is that of the CUDA transport
@@ -58,7 +58,7 @@ def stopped_host(ends: Ends) -> Steps:
     return (*told(error), took)
 
 
-@pytest.mark.parametrize("transport", ["dist", ON_FAKE_CUDA[0], SHM_IN_FULL])
+@pytest.mark.parametrize("transport", ["dist", ON_FAKE_CUDA[0], SHM_IN_FULL, ON_GPU])
 def test_a_frozen_rank_is_named_within_ten_seconds(transport: str) -> None:
     """With the default timeout of 60 s; also where the store is frozen with it."""
     for outcome in run_to_failure(transport, stopped_host, store="rank 0")[1:]:
