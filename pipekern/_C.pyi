@@ -140,6 +140,9 @@ class DeviceReceiver:
     def recv(self, tag: int, wait: float, stream: int) -> Message | tuple[DeviceBundle, bytes, int] | None:
         """As ``Receiver.recv``; the tensors may be used in ``stream``."""
 
+    def drain(self, stream: int) -> None:
+        """Take and forget every message that has been announced."""
+
     def recv_into(self, tag: int, tensor: Tensor, wait: float, stream: int) -> Message | Literal[False] | None:
         """``Message(tensor, 0)`` with the next message added to ``tensor``; False for one that cannot be, and stays."""
 

@@ -212,6 +212,10 @@ void bind_ends(py::module_& m) {
         .def("ready", [](const TorchReceiver& receiver) { return receiver.end->ready(); })
         .def("recv", &recv)
         .def("recv_into", &recv_into)
+        .def(
+            "drain",
+            [](const TorchReceiver& receiver, std::uintptr_t stream) { receiver.end->drain(stream_of(stream)); },
+            unlocked())
         .def("held", &held)
         .def("owns", [](const TorchReceiver& receiver, std::uintptr_t place) { return receiver.end->owns(place); })
         .def("close", [](const TorchReceiver& receiver) { receiver.end->close(); }, unlocked());

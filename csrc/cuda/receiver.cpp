@@ -134,6 +134,14 @@ void DeviceReceiver::land(Delivery& delivery, const Slots& slots, StreamHandle c
     demand(Driver::get().stream_wait_event(consumer, landed_->handle(), 0), "waiting for an event");
 }
 
+void DeviceReceiver::drain(StreamHandle consumer) {
+    while (announced()) {
+        const std::uint64_t tag = host_.next().tag;
+        wait(tag, -1);
+        take(tag, consumer);
+    }
+}
+
 bool DeviceReceiver::take_into(std::uint64_t tag, StreamHandle consumer, const DeviceTensor& into) {
     const Header& header = host_.next();
     std::uint64_t elements = 1;

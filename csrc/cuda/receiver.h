@@ -47,6 +47,9 @@ class DeviceReceiver : public Ward, public std::enable_shared_from_this<DeviceRe
     // are whole. Its slot is free again after the work that is in `consumer` when the delivery goes.
     Delivery take(std::uint64_t tag, StreamHandle consumer);
 
+    // Takes and forgets every message that has been announced.
+    void drain(StreamHandle consumer);
+
     // Adds the next message, which must be there, to `into`, in one pass from the slot. False, and the message is left,
     // if it is not one tensor of the same size and dtype, and that fp32, bf16 or fp16.
     bool take_into(std::uint64_t tag, StreamHandle consumer, const DeviceTensor& into);

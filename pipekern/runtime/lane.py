@@ -140,7 +140,7 @@ class Lane:
     def hand_back(self, microbatch: int, gradient: Any) -> None:
         """Give the stage before what a backward made."""
         if self.previous is not None:
-            self.previous._gradients[microbatch] = gradient
+            self.previous._gradients[microbatch] = self._outgoing.own(gradient)
         elif self._ends.backward_out is not None:
             self._returned[microbatch] = gradient
 

@@ -88,10 +88,10 @@ class CudaSender:
         """Those outside of received slots, and whether all are given. One that is sent on out of its slot must not be
         held, or its sender may wait for the slot while this rank waits for its sender: later work waits for the read.
         """
-        ends = self._receivers.values()
-        own = [tensor for tensor in tensors if not any(end.owns(tensor.data_ptr()) for end in ends)]
-        counted = not any(tensor.is_inference() for tensor in tensors)  # which count no versions
-        return own, given and counted and len(own) == len(tensors)
+        ends, full = self._receivers.values(), [tensor for tensor in tensors if tensor.numel()]
+        own = [tensor for tensor in full if not any(end.owns(tensor.data_ptr()) for end in ends)]
+        counted = not any(tensor.is_inference() for tensor in own)  # which count no versions
+        return own, given and counted and len(own) == len(full)
 
     def _keep(self, tensors: list[Tensor], given: bool) -> None:
         # Without their graphs, at whose other ends may be what this stage has received, and so slots.
@@ -269,7 +269,14 @@ class CudaTransport:
             sender.reap()
 
     def abort(self, error: BaseException, where: str) -> None:
-        """See :meth:`pipekern.transport.base.Transport.abort`."""
+        """See :meth:`pipekern.transport.base.Transport.abort`. In one process it forgets every message instead."""
+        if self._rank is None:
+            try:
+                for receiver in self._receivers.values():
+                    receiver.end.drain(current_stream(receiver.device))
+                return
+            except TransportError:  # the device has failed: nothing can be used again
+                pass
         self._job.abort(failure_text(error, f"rank {self._rank or 0} failed, in {where}:\n"))
 
     def close(self) -> None:

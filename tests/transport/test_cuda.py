@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import secrets
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import pipekern as pk
 from pipekern.errors import ConfigError, MessageMismatch, TransportError
@@ -142,6 +141,21 @@ def test_in_one_process_nobody_waits_for_what_is_not_sent(name: str) -> None:
     alone("nobody", name)
 
 
+def again(transport: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> None:
+    for name, sender in senders.items():
+        assert sender.send(0, torch.zeros(300)) and sender.send(1, (torch.zeros(3), "unread"))
+        assert not sender.send(2, "no slot is free")
+        transport.abort(ValueError("by the model"), "a stage")
+        for tag in (5, 6):
+            assert sender.send(tag, torch.full((300,), float(tag)))
+        assert [value_of(receivers[name], tag).unique().item() for tag in (5, 6)] == [5.0, 6.0]
+
+
+@pytest.mark.parametrize("name", list(fake_cuda.KNOBS))
+def test_in_one_process_links_can_be_used_after_a_failure(name: str) -> None:
+    alone("again", name)
+
+
 def lets_go(transport: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> None:
     import weakref
 
@@ -178,14 +192,14 @@ def relays(transport: CudaTransport, senders: dict[str, CudaSender], receivers: 
             assert senders["none 0>1"].send(tag, torch.full((300,), 1.0 + tag))
         one, other = value_of(receivers["none 0>1"], 0), value_of(receivers["none 0>1"], 1)
         assert senders["bf16 0>1"].send(0, one, given=given)
-        assert senders["bf16 0>1"].send(1, (other, torch.ones(300)), given=given)
+        assert senders["bf16 0>1"].send(1, (other, other[:0], torch.ones(300)), given=given)
         del one, other
         assert receivers["none 0>1"].held() == []
         for tag in (2, 3):
             assert senders["none 0>1"].send(tag, torch.zeros(300))
         assert not value_of(receivers["none 0>1"], 2).any() and not value_of(receivers["none 0>1"], 3).any()
         assert value_of(receivers["bf16 0>1"], 0).unique().item() == 1.0
-        assert [part.unique().item() for part in value_of(receivers["bf16 0>1"], 1)] == [2.0, 1.0]
+        assert [part.unique().item() for part in value_of(receivers["bf16 0>1"], 1)[::2]] == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("name", list(fake_cuda.KNOBS))
@@ -193,15 +207,7 @@ def test_what_is_sent_on_out_of_its_slot_does_not_keep_it(name: str) -> None:
     alone("relays", name)
 
 
-BODIES = {
-    "relays": relays,
-    "cast": cast,
-    "add": add,
-    "gift": gift,
-    "nobody": nobody,
-    "lets_go": lets_go,
-    "outlives": outlives,
-}
+BODIES = {body.__name__: body for body in (again, relays, cast, add, gift, nobody, lets_go, outlives)}
 
 
 def ways(ends: Ends) -> Steps:
@@ -217,68 +223,6 @@ def test_each_link_says_which_way_it_goes(name: str) -> None:
     for row in run(name, ways):
         (way,) = row.values()
         assert way == "ipc" if name == "fake-cuda" else way.startswith("staged: CUDA refused an IPC handle")
-
-
-def train(transport: str, ranks: int | None, schedule: str, codec: str = "none") -> dict[str, Tensor]:
-    """Three steps; this process's parameters afterwards."""
-    torch.manual_seed(0)
-    net = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(32, 32), nn.Tanh())))
-    pipe = pk.Pipeline(
-        net,
-        loss_fn=nn.MSELoss(),
-        microbatches=6,
-        schedule=schedule,
-        transport=transport,
-        ranks=ranks,
-        devices=["cpu"],
-        codec=codec,
-    )
-    assert pipe._parts.transport.name == ("cuda" if transport == "cuda" else "local")
-    optimizer = pipe.optimizer(torch.optim.SGD, lr=0.1)
-    for _ in range(3):
-        pipe.train_step(torch.randn(48, 32), torch.randn(48, 32))
-        optimizer.step()
-        optimizer.zero_grad()
-    pipe._parts.transport.close()
-    return {name: value.detach().clone() for name, value in pipe.named_parameters()}
-
-
-def trained_with(codec: str) -> float:
-    """The largest difference that the codec makes, relative to the parameter's largest value."""
-    fake_cuda.load("fake-cuda")
-    del os.environ["RANK"]
-    reference, cast = train("local", 2, "1f1b"), train("cuda", 2, "1f1b", codec)
-    return max(float((cast[n] - reference[n]).abs().max() / reference[n].abs().max()) for n in reference)
-
-
-@pytest.mark.parametrize(("codec", "most"), [("bf16", 0.005), ("fp8", 0.05)])
-def test_a_pipeline_trains_with_a_codec(codec: str, most: float) -> None:
-    fake_cuda.library()
-    (difference,) = values(launch(trained_with, 1, codec))
-    assert 0 < difference < most
-
-
-def trained_here(schedule: str, ranks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    fake_cuda.load("fake-cuda")
-    launched = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
-    if not launched:
-        del os.environ["RANK"]
-    over_cuda = train("cuda", None if launched else ranks, schedule)
-    return over_cuda, train("local", ranks, schedule)
-
-
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("together", [True, False])
-def test_a_pipeline_trains_to_the_same_bits(schedule: str, ranks: int, together: bool) -> None:
-    """In one process, and a rank a process. A stage in the middle gives its slots back by the end of a step."""
-    fake_cuda.library()
-    names: set[str] = set()
-    for over_cuda, reference in values(launch(trained_here, 1 if together else ranks, schedule, ranks)):
-        names |= over_cuda.keys()
-        for name, value in over_cuda.items():
-            assert torch.equal(value, reference[name]), name
-    assert len(names) == 8
 
 
 def test_a_codec_needs_the_cuda_transport() -> None:
