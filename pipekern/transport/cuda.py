@@ -89,7 +89,7 @@ class CudaSender:
         held, or its sender may wait for the slot while this rank waits for its sender: later work waits for the read.
         """
         ends, full = self._receivers.values(), [tensor for tensor in tensors if tensor.numel()]
-        own = [tensor for tensor in full if not any(end.owns(tensor.data_ptr()) for end in ends)]
+        own = [tensor for tensor in full if not any(end.owns(message.address(tensor)) for end in ends)]
         counted = not any(tensor.is_inference() for tensor in own)  # which count no versions
         return own, given and counted and len(own) == len(full)
 
