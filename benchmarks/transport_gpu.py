@@ -16,7 +16,6 @@ over rounds in shuffled order, each ratio taken within one round:
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import random
 import secrets
@@ -33,6 +32,8 @@ from torch import Tensor
 
 from benchmarks.pipelines.device import BYTES, CARD, MESSAGES, cast_turns, park, parked_turns, send, timed, value_of
 from benchmarks.pipelines.machine import describe
+from benchmarks.record import write
+from pipekern import _C
 from pipekern.transport.base import Link
 from pipekern.transport.cuda import CudaTransport
 from pipekern.transport.open import device_obstacle
@@ -211,21 +212,21 @@ def ratios(rows: Rows) -> dict[str, float]:
 
 def report(facts: dict[str, str], rows: Rows, out: Path | None) -> None:
     """Print everything, and write it."""
-    machine = {**describe(), "gpu": torch.cuda.get_device_name(CARD), "cuda": str(torch.version.cuda), **facts}
+    driver = _C.cuda_driver()["version"]
+    card = {"gpu": torch.cuda.get_device_name(CARD), "cuda": str(torch.version.cuda), "driver": driver}
+    machine = {**describe(), **card, "kernels": _C.cuda_kernels(), **facts}
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
+    lines: list[dict[str, object]] = []
     for name, times in rows.items():
+        lines.append({"what": name, "median_us": f"{1e6 * median(times):.4g}", "rounds": len(times)})
         print(f"{name:20} {1e6 * median(times):12.1f} µs")
     for name, ratio in ratios(rows).items():
         goal = GOALS.get(name)
         reached = "" if goal is None else f", at least {goal:.3g}: {'yes' if ratio >= goal else 'NO'}"
+        lines.append({"what": name, "ratio": f"{ratio:.4g}", "at_least": "" if goal is None else f"{goal:.3g}"})
         print(f"{name}: {ratio:.3f}{reached}")
     if out:
-        with out.open("w", newline="") as file:
-            file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
-            writer = csv.writer(file)
-            writer.writerow(["what", "median_us_or_ratio", "rounds"])
-            writer.writerows([name, f"{1e6 * median(times):.4g}", len(times)] for name, times in rows.items())
-            writer.writerows([name, f"{ratio:.4g}", len(rows["put"])] for name, ratio in ratios(rows).items())
+        write(out, machine, lines)
 
 
 if __name__ == "__main__":

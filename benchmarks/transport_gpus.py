@@ -21,9 +21,10 @@ import torch.distributed as dist
 
 from benchmarks.pipelines.machine import describe
 from benchmarks.record import write
+from pipekern.transport.base import Link
 from pipekern.transport.cuda import CudaTransport
 from pipekern.transport.open import Opened
-from pipekern.transport.probe import BYTES, links_between, measure
+from pipekern.transport.probe import BYTES, Measured, measure
 
 ROUNDS = 30
 
@@ -49,14 +50,15 @@ def main() -> None:
     host = dist.new_group(backend="gloo")
     devices = [torch.device("cuda", r) for r in range(gpus)]
     transport = CudaTransport(rank, gpus, tokens[0], 60.0, lambda: dist.barrier(host), devices)
-    links = links_between(gpus)
+    links = [Link(f"{a}>{b}", a, b, 4) for a in range(gpus) for b in range(gpus) if a != b]
     opened = Opened(transport, *transport.open(links))
-    ours = measure(rank, links, opened, device, options.seconds * len(links))
+    own = measure(rank, links, opened, devices, [BYTES] * len(links), options.seconds * len(links))
     transport.close()
-    own = {link.name: over_nccl(rank, link.source, link.target, device) for link in links}
-    seen: list[dict[str, tuple[float, float]]] = [{}] * gpus
-    dist.all_gather_object(seen, own, group=host)
-    nccl = {link.name: seen[link.source][link.name] for link in links}
+    own_nccl = {link.name: over_nccl(rank, link.source, link.target, device) for link in links}
+    seen: list[tuple[list[Measured], dict[str, tuple[float, float]]]] = [([], {})] * gpus
+    dist.all_gather_object(seen, (own, own_nccl), group=host)
+    ours = [row for rows, _ in seen for row in rows]
+    nccl = {link.name: seen[link.source][1][link.name] for link in links}
     if rank == 0:
         rows = [
             {

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -140,7 +140,12 @@ class DeviceReceiver:
     def recv(self, tag: int, wait: float, stream: int) -> Message | tuple[DeviceBundle, bytes, int] | None:
         """As ``Receiver.recv``; the tensors may be used in ``stream``."""
 
-    def recv_into(self, tag: int, tensor: Tensor, wait: float, stream: int) -> bool: ...
+    def drain(self, stream: int) -> None:
+        """Take and forget every message that has been announced."""
+
+    def recv_into(self, tag: int, tensor: Tensor, wait: float, stream: int) -> Message | Literal[False] | None:
+        """``Message(tensor, 0)`` with the next message added to ``tensor``; False for one that cannot be, and stays."""
+
     def held(self) -> list[tuple[int, ...] | bytes]: ...
     def owns(self, pointer: int) -> bool: ...
     def close(self) -> None: ...

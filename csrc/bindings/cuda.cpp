@@ -107,15 +107,20 @@ py::object recv(TorchReceiver& receiver, std::uint64_t tag, double wait, std::ui
     return message_of(std::move(tensor), digest);
 }
 
-bool recv_into(TorchReceiver& receiver, std::uint64_t tag, const py::object& tensor, double wait,
-               std::uintptr_t stream) {
+// None, or the Message of `tensor` itself, to which the next one was added; or False for one that cannot be, and is
+// left.
+py::object recv_into(TorchReceiver& receiver, std::uint64_t tag, const py::object& tensor, double wait,
+                     std::uintptr_t stream) {
+    if (!await(*receiver.end, tag, wait)) return py::none();
     const auto plain = TorchTensors::get().plain(tensor);
-    if (!plain) throw py::value_error("what a message is added to must be contiguous");
-    if (!await(*receiver.end, tag, wait)) return false;
+    if (!plain) return py::bool_(false);
     const DeviceTensor into = device_tensor(*plain);
-    const py::gil_scoped_release release;
-    receiver.end->take_into(tag, stream_of(stream), into);
-    return true;
+    bool added;
+    {
+        const py::gil_scoped_release release;
+        added = receiver.end->take_into(tag, stream_of(stream), into);
+    }
+    return added ? message_of(tensor, 0) : py::bool_(false);
 }
 
 // The tensor `index` of those that travelled through device memory.
@@ -207,6 +212,10 @@ void bind_ends(py::module_& m) {
         .def("ready", [](const TorchReceiver& receiver) { return receiver.end->ready(); })
         .def("recv", &recv)
         .def("recv_into", &recv_into)
+        .def(
+            "drain",
+            [](const TorchReceiver& receiver, std::uintptr_t stream) { receiver.end->drain(stream_of(stream)); },
+            unlocked())
         .def("held", &held)
         .def("owns", [](const TorchReceiver& receiver, std::uintptr_t place) { return receiver.end->owns(place); })
         .def("close", [](const TorchReceiver& receiver) { receiver.end->close(); }, unlocked());

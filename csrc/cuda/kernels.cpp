@@ -20,8 +20,7 @@ const char* add_without_cast(std::uint8_t dtype) {
     const auto [code, bits] = kDtypes[dtype];
     if (code == kFloat && bits == 32) return "pk_add_f32";
     if (code == kFloat && bits == 16) return "pk_add_f16";
-    if (code == kBfloat) return "pk_add_bf16";
-    throw Failure(Fault::kTransport, -1, "only float32, bfloat16 and float16 tensors are added to as they arrive");
+    return code == kBfloat ? "pk_add_bf16" : nullptr;
 }
 
 std::string architecture(int device) {
@@ -52,6 +51,8 @@ void Kernels::take(const Part& part, Pointer tensor, Pointer slot, StreamHandle 
     else
         launch(kTake[static_cast<int>(part.cast)], part, tensor, slot, stream);
 }
+
+bool Kernels::adds(std::uint8_t dtype) { return add_without_cast(dtype) != nullptr; }
 
 void Kernels::add(const Part& part, Pointer tensor, Pointer slot, StreamHandle stream) {
     const int cast = static_cast<int>(part.cast);

@@ -22,7 +22,9 @@ class Kernels {
     void put(const Part& part, Pointer slot, Pointer tensor, StreamHandle stream);
     // The tensor out of the slot.
     void take(const Part& part, Pointer tensor, Pointer slot, StreamHandle stream);
-    // The tensor in the slot, added to `tensor`. Raises for types that are not fp32, bf16 or fp16.
+    // Whether tensors of this type can be added to: fp32, bf16, fp16.
+    static bool adds(std::uint8_t dtype);
+    // The tensor in the slot, added to `tensor`.
     void add(const Part& part, Pointer tensor, Pointer slot, StreamHandle stream);
 
     // Where the kernels come from: "embedded", "NVRTC: its path", or why there are none.

@@ -1,5 +1,6 @@
 #include "cuda/receiver.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <thread>
@@ -133,16 +134,23 @@ void DeviceReceiver::land(Delivery& delivery, const Slots& slots, StreamHandle c
     demand(Driver::get().stream_wait_event(consumer, landed_->handle(), 0), "waiting for an event");
 }
 
-void DeviceReceiver::take_into(std::uint64_t tag, StreamHandle consumer, const DeviceTensor& into) {
+void DeviceReceiver::drain(StreamHandle consumer) {
+    while (announced()) {
+        const std::uint64_t tag = host_.next().tag;
+        wait(tag, -1);
+        take(tag, consumer);
+    }
+}
+
+bool DeviceReceiver::take_into(std::uint64_t tag, StreamHandle consumer, const DeviceTensor& into) {
+    const Header& header = host_.next();
+    std::uint64_t elements = 1;
+    for (std::size_t dim = 0; dim < std::min<std::size_t>(header.ndim, kMaxDims); ++dim) elements *= header.shape[dim];
+    if ((header.flags & (kDevice | kBundle)) != kDevice || header.dtype != into.dtype || elements != into.elements ||
+        !Kernels::adds(into.dtype))
+        return false;
     const std::shared_ptr<Arrival> arrival = host_.take(tag);
-    const auto tensors = announced(*arrival);
-    const Parcel parcel = lay_out(tensors, codec_);
-    if ((arrival->header().flags & (kDevice | kBundle)) != kDevice || tensors[0].dtype != into.dtype ||
-        tensors[0].elements != into.elements)
-        throw Failure(Fault::kMismatch, host_.source(),
-                      "the message on link '" + host_.link().name +
-                          "' is not one tensor of the dtype and size of what "
-                          "it is to be added to");
+    const Parcel parcel = lay_out(announced(*arrival), codec_);
     const std::lock_guard lock(mutex_);
     const Current current(*context_);
     const std::uint64_t seq = arrival->seq();
@@ -151,6 +159,7 @@ void DeviceReceiver::take_into(std::uint64_t tag, StreamHandle consumer, const D
     flags_->wait(consumer, board_->lane(seq).data, seq);
     if (slots) kernels_.add(parcel.parts[0], into.data, slots->slot(seq, taken_.size()), consumer);
     mark(consumer);
+    return true;
 }
 
 void DeviceReceiver::give_back(std::uint64_t seq, StreamHandle consumer) noexcept {

@@ -47,8 +47,12 @@ class DeviceReceiver : public Ward, public std::enable_shared_from_this<DeviceRe
     // are whole. Its slot is free again after the work that is in `consumer` when the delivery goes.
     Delivery take(std::uint64_t tag, StreamHandle consumer);
 
-    // Adds the one tensor of the next message to `into`, of the same dtype and size, in one pass from the slot.
-    void take_into(std::uint64_t tag, StreamHandle consumer, const DeviceTensor& into);
+    // Takes and forgets every message that has been announced.
+    void drain(StreamHandle consumer);
+
+    // Adds the next message, which must be there, to `into`, in one pass from the slot. False, and the message is left,
+    // if it is not one tensor of the same size and dtype, and that fp32, bf16 or fp16.
+    bool take_into(std::uint64_t tag, StreamHandle consumer, const DeviceTensor& into);
 
     std::vector<std::shared_ptr<const Arrival>> held() const { return host_.held(); }
     bool owns(std::uintptr_t pointer) const;

@@ -63,6 +63,9 @@ class Receiver {
     // Until the next message is there; false when `limit_ns` has passed (negative: no limit).
     bool wait(std::uint64_t tag, std::int64_t limit_ns);
 
+    // The header of the next message, which must be there.
+    const Header& next() const { return ring_->slot(next_).header; }
+
     // The next message, which must be there and must have this tag.
     std::shared_ptr<Arrival> take(std::uint64_t tag);
 

@@ -8,17 +8,20 @@
 #include <algorithm>
 
 #include "transport/clock.h"
+#include "transport/process.h"
 
 namespace pipekern {
 namespace {
 
 constexpr std::int64_t kBeat = 50 * kMillisecond;
-// A rank that was stopped itself (Ctrl-Z of the whole job) has seen nothing of the others' silence.
-constexpr std::int64_t kLongestGap = 5 * kBeat;
+// A rank that was stopped itself (Ctrl-Z of the whole job), or starved with all others, has seen little of their
+// silence.
+constexpr std::int64_t kLongestGap = 2 * kBeat;
 // A process that ends closes its sockets first: its pidfd is given this long to tell the better reason.
 constexpr std::int64_t kGrace = 500 * kMillisecond;
 // A heart that beat within this time is no frozen one.
 constexpr std::int64_t kFresh = kSecond;
+constexpr std::int64_t kFreezeShare = 8;  // of the timeout
 
 std::string seconds(std::int64_t ns) {
     const std::int64_t tenths = ns / (kSecond / 10);
@@ -28,7 +31,12 @@ std::string seconds(std::int64_t ns) {
 }  // namespace
 
 Watcher::Watcher(Page& page, const std::vector<Peer>& peers, std::int64_t timeout_ns)
-    : page_(page), peers_(peers), timeout_ns_(timeout_ns), sights_(peers.size()), stop_fd_(eventfd(0, EFD_CLOEXEC)) {
+    : page_(page),
+      peers_(peers),
+      timeout_ns_(timeout_ns),
+      freeze_ns_(std::min(timeout_ns, std::max(timeout_ns / kFreezeShare, kSecond))),
+      sights_(peers.size()),
+      stop_fd_(eventfd(0, EFD_CLOEXEC)) {
     if (!stop_fd_) throw_errno("eventfd");
     // Signals are Python's main thread's.
     sigset_t all, before;
@@ -100,20 +108,39 @@ void Watcher::judge_death(int rank, std::int64_t now) {
 
 void Watcher::judge_silence(std::int64_t now, std::int64_t awake_ns) {
     for (int rank = 0; rank < page_.world(); ++rank) {
-        Sight& sight = sights_[static_cast<std::size_t>(rank)];
-        const std::int64_t beat = page_.heartbeat(rank);
-        sight.silent_ns = beat == sight.heartbeat ? sight.silent_ns + awake_ns : 0;
-        sight.heartbeat = beat;
-        if (rank == page_.rank() || page_.state(rank) != Page::kRunning || sight.silent_ns < timeout_ns_) continue;
+        listen(rank, awake_ns);
+        const Sight& sight = sights_[static_cast<std::size_t>(rank)];
+        const bool still = sight.still_ns >= freeze_ns_;
+        if (rank == page_.rank() || page_.state(rank) != Page::kRunning) continue;
+        if (!still && sight.silent_ns < timeout_ns_) continue;
         if (!page_.waits(page_.rank(), now)) continue;  // nobody here needs it yet
         const std::string pid = std::to_string(peers_[static_cast<std::size_t>(rank)].pid);
+        const std::string sign = still
+                                     ? " lives but has neither beaten nor used CPU time for " + seconds(sight.still_ns)
+                                     : " lives but has not beaten for " + seconds(sight.silent_ns);
         page_.abort(
             Fault::kFrozen, rank,
-            "rank " + std::to_string(rank) + " is frozen: process " + pid + " lives but has not moved for " +
-                seconds(sight.silent_ns) + " (timeout " + seconds(timeout_ns_) +
-                "); it is stopped, swapped out, or its machine is overloaded. See it with `ps -o stat,wchan -p " + pid +
-                "`, or give more time with timeout=");
+            "rank " + std::to_string(rank) + " is frozen: process " + pid + sign +
+                "; it is stopped, swapped out, or its machine is overloaded. See it with `ps -o stat,wchan -p " + pid +
+                "`, or give more time with timeout= (" + seconds(timeout_ns_) + " now, " + seconds(freeze_ns_) +
+                " for a process that is still)");
     }
+}
+
+// Notes for how long `rank` has given no sign of life.
+void Watcher::listen(int rank, std::int64_t awake_ns) {
+    Sight& sight = sights_[static_cast<std::size_t>(rank)];
+    const std::int64_t beat = page_.heartbeat(rank);
+    const bool silent = beat == sight.heartbeat;
+    sight.heartbeat = beat;
+    sight.silent_ns = silent ? sight.silent_ns + awake_ns : 0;
+    if (!silent) {
+        sight.still_ns = 0;
+        return;
+    }
+    const Pulse seen = pulse(peers_[static_cast<std::size_t>(rank)].pid);
+    sight.still_ns = seen.debugged || seen.cpu_ticks != sight.cpu_ticks ? 0 : sight.still_ns + awake_ns;
+    sight.cpu_ticks = seen.cpu_ticks;
 }
 
 void Watcher::judge_deadlock(std::int64_t now) {

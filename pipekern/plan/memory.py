@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from pipekern.errors import ConfigError
@@ -85,7 +85,8 @@ def rank_memory(program: Program, stages: Sequence[Sequence[Layer]], bytes_each:
         for rank in range(schedule.ranks)
     ]
     held = _activations(schedule, [sum(layer.activations for layer in stage) for stage in stages])
-    rings = _slots(program, [stage[-1].output for stage in stages])
+    outputs = [stage[-1].output / schedule.slices for stage in stages]
+    rings = slot_bytes(program, lambda a, b: outputs[min(a, b) % schedule.depth])
     return [
         RankMemory(
             count * bytes_each.weights * versions,
@@ -113,10 +114,9 @@ def _activations(schedule: Schedule, kept: Sequence[float]) -> list[float]:
     return peaks
 
 
-def _slots(program: Program, outputs: Sequence[float]) -> list[float]:
-    schedule = program.schedule
-    held = [0.0] * schedule.ranks
+def slot_bytes(program: Program, message: Callable[[int, int], float]) -> list[float]:
+    """Bytes of the rings in which each rank's messages arrive; ``message`` gives those of one, from stage to stage."""
+    held = [0.0] * program.schedule.ranks
     for (source, target), count in program.slots.items():
-        message = outputs[min(source, target) % schedule.depth] / schedule.slices
-        held[schedule.stage_rank[target]] += count * message
+        held[program.schedule.stage_rank[target]] += count * message(source, target)
     return held

@@ -53,6 +53,7 @@ class Assembly:
         stages: Mapping[int, Stage],
         loss_fn: Callable[[Any, Any], Any],
         loss_path: str,
+        codecs: Mapping[str, str],
         transport: Transport,
         senders: Mapping[str, Sender],
         receivers: Mapping[str, Receiver],
@@ -65,7 +66,7 @@ class Assembly:
         self.place, self.sizes = place, sizes
         self.store: Store | None = None
         self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
-        self.loss_path = loss_path
+        self.loss_path, self.codecs = loss_path, codecs
         last = stages.get(blueprint.schedule.stages - 1)
         self.loss = Loss(loss_fn, None if last is None else last.head, blueprint.precision is not None)
         self.senders, self.receivers = senders, receivers

@@ -122,8 +122,8 @@ def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25,
         refuse_unheld(options, order, stages, dtypes, replicas)
     counts_of = {stage: len(layout) for stage, layout in layouts.items()} if replicas > 1 else {}
     program = order.program(direct, Collectives(counts_of if options.zero else {}, counts_of))
-    recompute = recomputation(options, stages, program)
-    offload = offloading(options, stages, program, recompute)
+    recompute = recomputation(options, stages, skips, program)
+    offload = offloading(options, stages, skips, program, recompute)
     state = list(root.state_dict()) or [unit.prefix + n for unit in units for n in unit.train.state_dict()]
     return Blueprint(
         root,

@@ -24,10 +24,26 @@ class Detours:
 
     def __init__(self, arriving: Mapping[int, Lane], leaving: Mapping[int, Lane], names: Mapping[int, Sequence[str]]):
         self.lanes = {**arriving, **leaving}
+        self._trunk: Lane | None = None
         self._arriving = list(arriving.values())
         self._leaving = [(lane, names[target]) for target, lane in leaving.items()]
         self._arrived: dict[int, Spread] = {}
         self._left: dict[int, Spread] = {}
+
+    def join(self, trunk: Lane) -> None:
+        """``trunk`` is the lane of the value itself."""
+        self._trunk = trunk
+        for lane in (trunk, *(lane for lane, _ in self._leaving)) if self._leaving else ():
+            lane.beside = self._beside
+
+    def _beside(self, lane: Lane, microbatch: int) -> Tensor | None:
+        """The gradient that has come on another lane for the one leaf that ``lane`` has; for the trunk, of its own."""
+        assert self._trunk is not None
+        lanes = [self._trunk, *(leaving for leaving, _ in self._leaving)]
+        places = self._left[microbatch].places
+        own = places[lanes.index(lane)]
+        found = [other.received(microbatch) for other, there in zip(lanes, places, strict=True) if there == own]
+        return next((one for one in found if isinstance(one, Tensor)), None) if len(own) == 1 else None
 
     def begin(self, batch: Batch) -> None:
         """Start a step on ``batch``."""
@@ -95,12 +111,12 @@ class Spread:
     def __init__(self, whole: Any, parts: Sequence[Any]):
         index = {id(leaf): i for i, leaf in enumerate(_leaves(whole))}
         self._count = len(index)
-        self._places = [[index[id(leaf)] for leaf in _leaves(part)] for part in parts]
+        self.places = [[index[id(leaf)] for leaf in _leaves(part)] for part in parts]
 
     def gather(self, parts: Sequence[Any]) -> list[Tensor | None]:
         """The gradients of the whole's leaves from those of each part's; a leaf in several parts gets their sum."""
         whole: list[Tensor | None] = [None] * self._count
-        for places, part in zip(self._places, parts, strict=True):
+        for places, part in zip(self.places, parts, strict=True):
             for place, given in zip(places, part if isinstance(part, list) else [part] * len(places), strict=True):
                 before = whole[place]
                 whole[place] = given if before is None else before if given is None else before + given
@@ -109,7 +125,7 @@ class Spread:
     def scatter(self, whole: Any) -> list[Any]:
         """The gradients of each part's leaves from those of the whole's."""
         every = whole if isinstance(whole, list) else [whole]
-        rows = [[every[place] for place in places] for places in self._places]
+        rows = [[every[place] for place in places] for places in self.places]
         return [row[0] if len(row) == 1 else row or None for row in rows]
 
 

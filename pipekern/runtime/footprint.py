@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.recompute import CHOICES
+from pipekern.stage.skip import Carried, Save
 from pipekern.stage.unit import Unit
 from pipekern.transport.value import distinct, map_tensors, tensors
 
@@ -51,14 +52,15 @@ class Passing:
 
 class Footprint(NamedTuple):
     """What each unit keeps of one micro-batch, in bytes: ``kept[i]`` for each of ``CHOICES``, until its backward;
-    ``waiting[i]`` for weight work from then on; the ``outputs`` that it hands on; and ``ends[i]``, what it keeps more
-    where a stage ends with it, of outputs that nothing holds within a stage.
+    ``waiting[i]`` for weight work from then on; the ``outputs`` that it hands on; ``ends[i]``, what it keeps more
+    where a stage ends with it, of outputs that nothing holds within a stage; and ``saved[i]`` for a later unit.
     """
 
     kept: list[tuple[int, ...]]
     waiting: list[int]
     outputs: list[int]
     ends: list[int]
+    saved: list[int]
 
 
 class _Seen(NamedTuple):
@@ -77,7 +79,7 @@ def footprint(units: Sequence[Unit], runs: Sequence[dict[str, Run]], x: Any, lea
     value = x
     passing = [Passing(-1, 0) for _ in distinct(tensors(x))]
     seen: list[dict[str, _Seen]] = []
-    inputs, made, waiting, outputs = [], [], [], []
+    inputs, made, waiting, outputs, saved = [], [], [], [], []
     for index, (unit, run) in enumerate(zip(units, runs, strict=True)):
         waiting.append(_waiting(unit, run["none"], value))
         looks = {how: _look(run[how], value) for how in CHOICES}
@@ -92,12 +94,18 @@ def footprint(units: Sequence[Unit], runs: Sequence[dict[str, Run]], x: Any, lea
         passing = [passing[at] if at >= 0 else Passing(index, size, stays) for (at, stays), size in pairs]
         seen.append(looks)
         made.append(passing)
-        outputs.append(sum(t.nbytes for t in distinct(tensors(value))))
+        outputs.append(_nbytes(value))
+        saves = isinstance(unit.train, Save) and isinstance(value, Carried)
+        saved.append(_nbytes(value.kept[unit.train.name]) if saves else 0)
     for one in passing:
         one.held = True
     kept = [tuple(_kept(i, seen[i][how], inputs[i], made[i]) for how in CHOICES) for i in range(len(units))]
     ends = [_own(i, row, held=False) for i, row in enumerate(made)]
-    return Footprint(kept, waiting, outputs, ends)
+    return Footprint(kept, waiting, outputs, ends, saved)
+
+
+def _nbytes(value: Any) -> int:
+    return sum(t.nbytes for t in distinct(tensors(value)))
 
 
 def _kept(index: int, seen: _Seen, inputs: Sequence[Passing], outputs: Sequence[Passing]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class Lane:
     """
 
     batch: Batch
+    beside: Callable[[Lane, int], torch.Tensor | None] | None = None  # what a gradient that comes may be added to
 
     def __init__(self, device: torch.device, ends: Ends, outgoing: Outgoing):
         self.previous: Lane | None = None
@@ -122,8 +124,14 @@ class Lane:
     def receive_backward(self, microbatch: int) -> None:
         """RECV_B."""
         assert self._ends.backward_in is not None
-        message = self._outgoing.receive(self._ends.backward_in, BACKWARD_TAG | self.batch.tag | microbatch)
-        self._gradients[microbatch] = to_device(message.value, self._device)
+        into = None if self.beside is None else self.beside(self, microbatch)
+        message = self._outgoing.receive(self._ends.backward_in, BACKWARD_TAG | self.batch.tag | microbatch, into)
+        added = into is not None and message.value is into
+        self._gradients[microbatch] = None if added else to_device(message.value, self._device)
+
+    def received(self, microbatch: int) -> Any:
+        """The gradient that has come over a link, and so is nobody else's; None if there is none yet."""
+        return None if self._ends.backward_in is None else self._gradients.get(microbatch)
 
     def take_gradient(self, microbatch: int) -> Any:
         """What has come for a backward."""
@@ -132,7 +140,7 @@ class Lane:
     def hand_back(self, microbatch: int, gradient: Any) -> None:
         """Give the stage before what a backward made."""
         if self.previous is not None:
-            self.previous._gradients[microbatch] = gradient
+            self.previous._gradients[microbatch] = self._outgoing.own(gradient)
         elif self._ends.backward_out is not None:
             self._returned[microbatch] = gradient
 

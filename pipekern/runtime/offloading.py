@@ -9,19 +9,25 @@ from pipekern.errors import ConfigError
 from pipekern.plan.memory import size
 from pipekern.plan.offload import Offload, choose_offload, offload_share, stays
 from pipekern.runtime.options import Options
+from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.recomputation import fixed_bytes, limits, unit_ways
+from pipekern.runtime.skips import Hop
 from pipekern.schedule.comms import Program
 from pipekern.stage.unit import Unit
 
 
 def offloading(
-    options: Options, stages: Sequence[Sequence[Unit]], program: Program, recompute: Sequence[Sequence[str]]
+    options: Options,
+    stages: Sequence[Sequence[Unit]],
+    skips: Sequence[Hop],
+    program: Program,
+    recompute: Sequence[Sequence[str]],
 ) -> Offload:
     """What is put away where ``recompute`` is what units make again. It goes to the log. Raises ``ConfigError``."""
     if options.offload is None:
         return stays(program.schedule)
     if options.offload == "auto":
-        chosen = _within_memory(options, stages, program, recompute)
+        chosen = _within_memory(options, stages, skips, program, recompute)
     else:
         chosen = offload_share(program.schedule, options.offload)
     logging.getLogger("pipekern").info("offload=%r: %s", options.offload, chosen)
@@ -29,10 +35,17 @@ def offloading(
 
 
 def _within_memory(
-    options: Options, stages: Sequence[Sequence[Unit]], program: Program, recompute: Sequence[Sequence[str]]
+    options: Options,
+    stages: Sequence[Sequence[Unit]],
+    skips: Sequence[Hop],
+    program: Program,
+    recompute: Sequence[Sequence[str]],
 ) -> Offload:
     """As little as keeps every rank within its memory."""
-    rows, outputs = unit_ways(options, stages, "offload='auto'")
+    rows = unit_ways(options, stages, "offload='auto'")
+    assert isinstance(options.split, LayerCosts)
+    ends = [sum(len(stage) for stage in stages[: index + 1]) - 1 for index in range(len(stages))]
+    outputs = [options.split.outputs[unit] for unit in ends]
     schedule = program.schedule
     ways = [
         [next(way for way in unit.ways if way.how == how) for unit, how in zip(row, hows, strict=True)]
@@ -48,7 +61,7 @@ def _within_memory(
     caps = limits(options, schedule.ranks, "offload='auto'")
     fixed = [
         held + max(0.0, *(again[stage] for stage in schedule.stages_of(rank)))
-        for rank, held in enumerate(fixed_bytes(stages, outputs, program))
+        for rank, held in enumerate(fixed_bytes(options, stages, skips, program))
     ]
     room = [cap - held for cap, held in zip(caps, fixed, strict=True)]
     chosen = choose_offload(schedule, room, whole, waiting)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class Options:
     inputs: Sequence[str] | None = None
     memory: float | Sequence[float] | None = None
     fuse_loss: bool | None = None
-    codec: str = "none"
+    codec: str | Mapping[str, str] = "none"
     mesh: Mesh = None
     precision: str | None = None
     zero: int = 0
@@ -56,15 +56,17 @@ class Options:
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
         check_name(self.transport)
-        for name, choices in (
-            ("recompute", (*CHOICES, "auto")),
-            ("on_nonfinite", POLICIES),
-            ("codec", CODECS),
-            ("zero", range(4)),
-            ("precision", (None, *PRECISIONS)),
+        codecs = [self.codec] if isinstance(self.codec, str) else list(self.codec.values())
+        for name, values, choices in (
+            ("recompute", [self.recompute], (*CHOICES, "auto")),
+            ("on_nonfinite", [self.on_nonfinite], POLICIES),
+            ("codec", codecs, (*CODECS, "auto") if isinstance(self.codec, str) else CODECS),
+            ("zero", [self.zero], range(4)),
+            ("precision", [self.precision], (None, *PRECISIONS)),
         ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
+            wrong = [value for value in values if value not in choices]
+            if wrong:
+                raise ConfigError(f"{name}={wrong[0]!r}; choose one of {', '.join(map(repr, choices))}")
         if self.loss_scale is not None and self.precision != "fp16":
             raise ConfigError(f"loss_scale with precision={self.precision!r}: it is for precision='fp16'; leave it out")
         if not self.timeout > 0:

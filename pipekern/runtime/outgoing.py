@@ -57,15 +57,15 @@ class Outgoing:
             if not queue:
                 del self.queued[name]
 
-    def receive(self, receiver: Receiver, tag: int) -> Message:
-        """The next message of a link; queued sends go on meanwhile."""
+    def receive(self, receiver: Receiver, tag: int, into: torch.Tensor | None = None) -> Message:
+        """The next message of a link, see ``Receiver.recv``; queued sends go on meanwhile."""
         try:
             while self.queued:
                 self.flush()
-                message = receiver.recv(tag, _RETRY)
+                message = receiver.recv(tag, _RETRY, into)
                 if message is not None:
                     return message
-            message = receiver.recv(tag)
+            message = receiver.recv(tag, into=into)
         except MessageMismatch as error:
             raise MessageMismatch(f"{error}; expected: {describe(tag)}", error.rank) from None
         assert message is not None, "recv without a limit returned nothing"

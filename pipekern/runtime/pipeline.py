@@ -62,9 +62,9 @@ class Pipeline:
     * ``fuse_loss``: a last layer that is an ``nn.Linear``, and an ``nn.CrossEntropyLoss`` or ``pk.nn.CrossEntropyLoss``
       without class weights, run as one: the logits of all tokens are never there. If None, where the last stage is on a
       GPU: on a CPU it saves memory and costs time. ``loss_path`` says what is done.
-    * ``codec``: how activations and gradients travel between CUDA devices: as they are, float32 as ``"bf16"``, or all
-      floats as ``"fp8"`` with a scale each 128 values; what arrives has its dtype again. ``pk.plan.choose_codec`` tells
-      by a link's bandwidth.
+    * ``codec``: how floats travel between CUDA devices: as they are, float32 as ``"bf16"``, or all as ``"fp8"`` with a
+      scale each 128 values; link by link, ``{"0>1": "bf16"}`` from stage 0 to 1; or ``"auto"``, with the least loss
+      that the costs in ``split`` hide at each link's measured bandwidth. ``codecs`` says what is done.
     * ``mesh``: a ``DeviceMesh`` with dimensions out of "pp", "dp" and "tp", or their sizes, ``{"pp": 2, "dp": 2}``.
       Each data-parallel replica passes a batch of its own, and gradients are those of the mean over all. They are
       summed once a step, as soon as a stage's last weight work is done.
@@ -76,7 +76,8 @@ class Pipeline:
     * ``offload``: the share, 0 to 1, by which the most activations that a rank holds shall fall: they are put away in
       host memory between forward and backward, as far as the schedule leaves time (see ``offloads``). ``"auto"``: what
       is more than ``memory``, by the bytes in ``split``. On a CPU ``offload_folder`` is where, in unnamed files.
-    * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for.
+    * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for. A process that is stopped,
+      but not by a debugger, gets an eighth of it, and at least one second.
 
     Raises ``ConfigError`` or ``ScheduleError`` before anything starts. Tensors of a batch have samples as first
     dimension. After an exception a pipeline in one process can be used again (clear the gradients); one among processes
@@ -102,7 +103,7 @@ class Pipeline:
         inputs: Sequence[str] | None = None,
         memory: float | Sequence[float] | None = None,
         fuse_loss: bool | None = None,
-        codec: str = "none",
+        codec: str | Mapping[str, str] = "none",
         mesh: Mesh = None,
         precision: str | None = None,
         zero: int = 0,
@@ -117,7 +118,7 @@ class Pipeline:
                 offload_folder,
             )
         )  # fmt: skip
-        self.loss_path = self._parts.loss_path
+        self.loss_path, self.codecs = self._parts.loss_path, self._parts.codecs
         self.loss_scale = (loss_scale or LossScale()) if precision == "fp16" else None
         self._training = Training(self._parts, on_nonfinite, self.loss_scale)
         self._seed = seed

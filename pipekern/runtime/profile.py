@@ -34,8 +34,8 @@ class LayerCosts:
 
     What ``recompute="auto"`` chooses by, empty where it was not measured: rows ``kept`` (bytes from a unit's forward to
     its backward) and ``added`` (microseconds more) with a value for each of ``"none"``, ``"selective"`` and ``"full"``;
-    bytes that are ``waiting`` from there to put-off weight work; bytes of ``outputs`` that go to the next unit, and
-    those that a stage keeps more where it ``ends`` with the unit.
+    bytes that are ``waiting`` from there to put-off weight work; bytes of ``outputs`` that go to the next unit, of them
+    those that a ``pk.Skip.save`` has ``saved``, and those that a stage keeps more where it ``ends`` with the unit.
     """
 
     names: tuple[str, ...]
@@ -48,6 +48,7 @@ class LayerCosts:
     waiting: tuple[float, ...] = ()
     outputs: tuple[float, ...] = ()
     ends: tuple[float, ...] = ()
+    saved: tuple[float, ...] = ()
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> LayerCosts:
@@ -104,6 +105,7 @@ def profile(
         tuple(found.waiting),
         tuple(found.outputs),
         tuple(found.ends),
+        tuple(found.saved),
     )
 
 

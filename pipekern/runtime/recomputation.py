@@ -6,11 +6,12 @@ import logging
 from collections.abc import Sequence
 
 from pipekern.errors import ConfigError
-from pipekern.plan.cost import Layer
-from pipekern.plan.memory import FLOAT32, rank_memory
+from pipekern.plan.memory import slot_bytes
 from pipekern.plan.recompute import UnitWays, Way, choose_recompute
+from pipekern.runtime.messages import message_bytes
 from pipekern.runtime.options import Options
 from pipekern.runtime.profile import LayerCosts
+from pipekern.runtime.skips import Hop
 from pipekern.schedule.comms import Program
 from pipekern.stage.recompute import CHOICES
 from pipekern.stage.unit import Unit
@@ -18,12 +19,14 @@ from pipekern.stage.unit import Unit
 _STATES = 4  # a trained weight, its gradient, and two moments of Adam
 
 
-def recomputation(options: Options, stages: Sequence[Sequence[Unit]], program: Program) -> list[list[str]]:
+def recomputation(
+    options: Options, stages: Sequence[Sequence[Unit]], skips: Sequence[Hop], program: Program
+) -> list[list[str]]:
     """How each unit runs, by stage; one of ``CHOICES``. What is chosen goes to the log. Raises ``ConfigError``."""
     if options.recompute != "auto":
         return [[options.recompute] * len(units) for units in stages]
-    rows, outputs = unit_ways(options, stages, "recompute='auto'")
-    fixed = fixed_bytes(stages, outputs, program)
+    rows = unit_ways(options, stages, "recompute='auto'")
+    fixed = fixed_bytes(options, stages, skips, program)
     caps = limits(options, program.schedule.ranks, "recompute='auto'")
     chosen = choose_recompute(program.schedule, rows, fixed, caps)
     text = "; ".join(f"stage {stage}: {' '.join(hows)}" for stage, hows in enumerate(chosen))
@@ -31,12 +34,8 @@ def recomputation(options: Options, stages: Sequence[Sequence[Unit]], program: P
     return chosen
 
 
-def unit_ways(
-    options: Options, stages: Sequence[Sequence[Unit]], asked: str
-) -> tuple[list[list[UnitWays]], list[float]]:
-    """The ways to run each unit, by stage, and the bytes that each stage hands on. Raises ``ConfigError``, for what the
-    user has ``asked``.
-    """
+def unit_ways(options: Options, stages: Sequence[Sequence[Unit]], asked: str) -> list[list[UnitWays]]:
+    """The ways to run each unit, by stage. Raises ``ConfigError``, for what the user has ``asked``."""
     costs = options.split
     if not isinstance(costs, LayerCosts) or not costs.kept:
         raise ConfigError(
@@ -49,7 +48,7 @@ def unit_ways(
         first = last[-1] + 1 if last else 0
         last.append(first + len(units) - 1)
         rows.append([_ways(costs, unit, unit == first, unit == last[-1]) for unit in range(first, last[-1] + 1)])
-    return rows, [costs.outputs[unit] for unit in last]
+    return rows
 
 
 def limits(options: Options, ranks: int, asked: str) -> list[float]:
@@ -73,10 +72,15 @@ def _ways(costs: LayerCosts, unit: int, starts: bool, ends: bool) -> UnitWays:
     return UnitWays([Way(how, kept + more - less * (how != "none"), t) for how, kept, t in rows], costs.waiting[unit])
 
 
-def fixed_bytes(stages: Sequence[Sequence[Unit]], outputs: Sequence[float], program: Program) -> list[float]:
-    """Bytes of a rank besides activations: parameters with all that belongs to them, buffers, and messages."""
-    layers = [[Layer("", 0, 0, 0, output=size)] for size in outputs]
-    rings = [memory.slots for memory in rank_memory(program, layers, FLOAT32)]
+def fixed_bytes(
+    options: Options, stages: Sequence[Sequence[Unit]], skips: Sequence[Hop], program: Program
+) -> list[float]:
+    """Bytes of a rank besides activations: parameters with all that belongs to them, buffers, and messages, of the
+    sizes in the costs that ``options`` give.
+    """
+    assert isinstance(options.split, LayerCosts)
+    sizes = message_bytes(stages, skips, options.split)
+    rings = slot_bytes(program, lambda a, b: sizes[min(a, b), max(a, b)])
     fixed = []
     for rank, ring in enumerate(rings):
         units = [unit for stage in program.schedule.stages_of(rank) for unit in stages[stage]]

@@ -47,6 +47,8 @@ class Runner(Lane):
         super().__init__(stage.device, ends, outgoing)
         self.stage = stage
         self.detours = detours
+        if detours is not None:
+            detours.join(self)
         self._loss = loss
         self._held = held
         held.stages.append(stage)

@@ -13,6 +13,7 @@ from pipekern.parallel.mesh import FIRST, Grid, groups
 from pipekern.parallel.replicas import Replicas, speed
 from pipekern.runtime.assembly import Assembly, build_stages
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
+from pipekern.runtime.codecs import link_codecs
 from pipekern.runtime.head_loss import choose_head
 from pipekern.runtime.heap import keep_freed_memory
 from pipekern.runtime.limits import limits, memory_of
@@ -41,7 +42,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     grid = Grid.of(options.mesh, 1) if world is None else Grid.of(options.mesh, world.size)
     place = FIRST if world is None else grid.place(world.rank)
     replicas = None if world is None else _replicas(options, world, grid)
-    blueprint, devices = _agreed(options, world, grid, replicas)
+    options, blueprint, devices = _agreed(options, world, grid, replicas)
     schedule, rank = blueprint.schedule, None if world is None else place.pp
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
     if rank is not None:
@@ -52,7 +53,8 @@ def _assemble(options: Options, world: World | None) -> Assembly:
         options = replace(options, fuse_loss=devices[schedule.stage_rank[-1]].type == "cuda")
     loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
     stages = build_stages(blueprint, here, devices, options, place.dp)
-    every = links(blueprint, options.codec) if world is None else all_links(blueprint, options.codec, grid)
+    codecs = link_codecs(options, blueprint, devices, world, len(grid.pipelines))
+    every = links(blueprint, codecs) if world is None else all_links(blueprint, codecs, grid)
     opened = open_transport(options.transport, every, devices, world)
     start = prefix(place.dp * grid.sizes.tp + place.tp, grid)
     senders = {name.removeprefix(start): end for name, end in opened.senders.items()}
@@ -60,7 +62,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     if replicas is not None:
         replicas.watch(opened.transport.check)
     return Assembly(
-        blueprint, rank, stages, options.loss_fn, loss_path, opened.transport, senders, receivers,
+        blueprint, rank, stages, options.loss_fn, loss_path, codecs, opened.transport, senders, receivers,
         place, grid.sizes, replicas, options.zero if replicas is not None else 0,
     )  # fmt: skip
 
@@ -85,22 +87,29 @@ def _bucket(world: World, replicas: Replicas | None, device: torch.device) -> in
 
 def _agreed(
     options: Options, world: World | None, grid: Grid, replicas: Replicas | None
-) -> tuple[Blueprint, list[torch.device]]:
-    """The blueprint, once all ranks have drawn the same, and a device a rank. What is wrong on one is raised on all."""
+) -> tuple[Options, Blueprint, list[torch.device]]:
+    """The options with what ranks agree on, the blueprint once all have drawn the same, and a device a rank.
+
+    What is wrong on one is raised on all.
+    """
     if world is None:
         size = _size(options.ranks, None)
         devices = _devices(options.devices, size, launched=False)
         if _wants_memory(options):
             rows = [memory_of(options.module, device, devices.count(device)) for device in devices]
             options = replace(options, memory=limits(rows, lambda a, b: True))
-        return draw(options, size), devices
+        return options, draw(options, size), devices
     options = _informed(options, world)
     failure: PipekernError | None = None
     bucket = _bucket(world, replicas, _devices(options.devices, world.size, launched=True)[world.rank])
     try:
         devices = _devices(options.devices, world.size, launched=True)
         blueprint = draw(options, _size(options.ranks, grid), grid.sizes.dp, bucket, together=False)
-        row = blueprint.row() | {"seed": options.seed, "fuse_loss": options.fuse_loss}
+        row = blueprint.row() | {
+            "seed": options.seed,
+            "fuse_loss": options.fuse_loss,
+            "codec": options.codec if isinstance(options.codec, str) else dict(options.codec),
+        }
     except PipekernError as error:
         failure, row = error, {"error": str(error)}
     rows = world.gather(row)
@@ -109,7 +118,7 @@ def _agreed(
     faults = [f"rank {rank}: {row['error']}" for rank, row in enumerate(rows) if "error" in row] or disagreements(rows)
     if faults:
         raise ConfigError("the ranks were not given the same pipeline: " + "; ".join(faults))
-    return blueprint, devices
+    return options, blueprint, devices
 
 
 def _informed(options: Options, world: World) -> Options:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from torch import Tensor
+
 
 class Link(NamedTuple):
     """One direction between two ends.
@@ -61,12 +63,15 @@ class Receiver(Protocol):
         """True when :meth:`recv` would not wait."""
         ...
 
-    def recv(self, tag: int, wait: float | None = None) -> Message | None:
+    def recv(self, tag: int, wait: float | None = None, into: Tensor | None = None) -> Message | None:
         """The next message, whose tag must be ``tag``, else ``MessageMismatch`` with both.
 
         Tensors are views of the slot where the transport can do so; the slot's credit returns when the last of
         them dies. Those that required gradients at the sender are leaves that require gradients here. ``wait``
         in seconds: return None after it; None waits until the message, an abort, a death or the deadline.
+
+        ``into``: a message of one tensor of its shape and dtype may be added to it instead, where that is one pass
+        less; the value is then ``into`` itself.
         """
         ...
 

@@ -5,11 +5,13 @@ failure that anyone has written. A process on the same host tells its end by pid
 connection tells (:meth:`Control.lost`). What is judged:
 
 * died: a process has ended, or a connection broke, and neither ``left`` nor the abort word explains it;
-* frozen: while this rank waits, a peer has neither beaten nor, on this host, used CPU time for ``timeout`` seconds;
+* frozen: while this rank waits, a process on this host has been stopped for an eighth of ``timeout``, at least 1 s, or
+  a peer has neither beaten nor, on this host, used CPU time for all of it;
 * timeout: every rank that has not left says that it has waited for ``timeout`` seconds;
 * a live peer that computes is waited for, with a log line each 30 s.
 
-Beats come from a Python thread: a peer on another host whose C++ code keeps the GIL for ``timeout`` looks frozen.
+Beats come from a Python thread, and cease while C++ code keeps the GIL: so no shorter silence counts, and a peer on
+another host looks frozen after ``timeout``.
 """
 
 from __future__ import annotations
@@ -22,60 +24,20 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import NamedTuple, Protocol
 
 from torch.distributed import DistError
 
-from pipekern.errors import Aborted, PeerDied, PeerFrozen, TransportError, TransportTimeout
-from pipekern.transport.agree import SLICE, Store
+from pipekern.errors import TransportError
+from pipekern.transport.agree import SLICE
+from pipekern.transport.board import KINDS, NO_ABORT, Board, Failure, Life, State
 from pipekern.transport.processes import Processes
 
-_KINDS: dict[str, type[TransportError]] = {
-    "died": PeerDied,
-    "frozen": PeerFrozen,
-    "timeout": TransportTimeout,
-    "error": Aborted,
-}
 _LOG = logging.getLogger("pipekern.transport")
 _LOG_EVERY = 30.0  # seconds between lines about a peer that is waited for
 _GAP = 1.0  # seconds without a try after which a rank no longer counts as waiting
+_FREEZE_SHARE = 8  # of the timeout
 _LINGER = 5.0  # seconds that the store outlives a failure for ranks that have not read it: stopped ones never will
-_NO_ABORT = "-"
 _TEXT_LIMIT = 32768  # characters of a traceback that travel
-
-
-class Board(Store, Protocol):
-    """What is used of a ``torch.distributed.Store``."""
-
-    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
-    def compare_set(self, key: str, expected: str, value: str, /) -> bytes: ...
-    def set_timeout(self, timeout: timedelta, /) -> None: ...
-
-
-class Failure(NamedTuple):
-    """Why the job has ended: ``kind`` is a key of ``_KINDS``, ``rank`` the one at fault or -1."""
-
-    kind: str
-    rank: int
-    text: str
-
-
-class State(NamedTuple):
-    """What a rank tells the others."""
-
-    beat: int = 0
-    waited: float = 0.0  # seconds without any message moving, 0 while it computes
-    what: str = ""  # what it waits for
-    left: bool = False  # it has closed its transport
-    failed: bool = False  # it knows of the failure
-
-
-class Life(NamedTuple):
-    """The last proof that a peer runs."""
-
-    beat: int
-    cpu_ticks: int
-    at: float  # this process's monotonic clock
 
 
 class Control:
@@ -92,12 +54,15 @@ class Control:
         self._life = [Life(0, 0, time.monotonic())] * ranks
         self._stride = 1 + ranks // 64  # rounds between two looks at all states
         self._processes = Processes({})
+        self._freeze = min(timeout, max(timeout / _FREEZE_SHARE, 1.0))
+        self._stopped: dict[int, int] = {}  # in how many rounds, which do not go on while this process is stopped too
+        self._answered = time.monotonic()  # the store, last
         self._waiting = (0.0, 0.0, "")  # first and last try in vain since a message moved, and for what
         self._logged = 0
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pipekern control", daemon=True)
         if rank == 0:
-            board.set("abort", _NO_ABORT)
+            board.set("abort", NO_ABORT)
         self._publish(board)
 
     def start(self, pids: Mapping[int, int]) -> None:
@@ -117,7 +82,7 @@ class Control:
         if self.failure is not None:
             waited, what = self._waited()
             seen = f"\n  rank {self.rank} had waited {waited:.1f} s for {what}" if waited else ""
-            raise _KINDS[self.failure.kind](self.failure.text + seen, self.failure.rank)
+            raise KINDS[self.failure.kind](self.failure.text + seen, self.failure.rank)
         if self._left.is_set():
             raise TransportError(f"rank {self.rank} has closed this transport; open a new one")
 
@@ -126,6 +91,18 @@ class Control:
         now = time.monotonic()
         first, last, _ = self._waiting
         self._waiting = (first if now - last < _GAP else now, now, what)
+        if min(now - first, now - self._answered) > self._freeze and now - last < _GAP:
+            self._judge_store(now - self._answered)
+
+    def _judge_store(self, silence: float) -> None:
+        """What the thread cannot do: a frozen store keeps it (seen in torch 2.13, with any timeout of the store)."""
+        host = self.host
+        stopped = host is not None and self._processes.stopped(host)
+        if self.failure is None and (stopped or silence > self.timeout):
+            self._board = None
+            who = "the launcher" if host is None else f"rank {host}"
+            text = f"{who}, which holds the store, has not answered for {silence:.1f} s (timeout {self.timeout:g} s)"
+            self.failure = Failure("error", -1, text) if host is None else Failure("frozen", host, text)
 
     def moved(self) -> None:
         """Note that a message moved."""
@@ -137,7 +114,7 @@ class Control:
 
     def abort(self, error: BaseException, where: str) -> None:
         """Make every rank raise: what this one did if it judges a rank or all, else ``Aborted`` with the traceback."""
-        for kind, cls in _KINDS.items():
+        for kind, cls in KINDS.items():
             if type(error) is cls and isinstance(error, TransportError) and kind != "error":
                 self.fail(kind, error.rank, str(error))
                 return
@@ -166,7 +143,7 @@ class Control:
             return
         mine = Failure(kind, rank, text)
         try:
-            first = self._board.compare_set("abort", _NO_ABORT, json.dumps(mine)) if self._board else b""
+            first = self._board.compare_set("abort", NO_ABORT, json.dumps(mine)) if self._board else b""
         except DistError:
             first = b""
         self.failure = Failure(*json.loads(first)) if first else mine
@@ -180,7 +157,7 @@ class Control:
         if host is None:
             self.failure = Failure("error", -1, f"the launcher's store is gone, so the launcher has ended: {error}")
         elif "timeout" in str(error).lower():
-            text = f"rank {host}, which holds the store, has not answered for {self.timeout:g} s: {error}"
+            text = f"rank {host}, which holds the store, does not answer: {error}"
             self.failure = Failure("frozen", host, text)
         else:
             text = f"rank {host} has died, and the store with it: {error}. Read what rank {host} printed last"
@@ -191,7 +168,7 @@ class Control:
         if self._left.is_set() or os.getpid() != self._pid:
             return
         self._left.set()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._board is not None:  # without it, the thread ends when it can
             self._thread.join()
         self._mine = self._mine._replace(left=True, failed=self.failure is not None)
         if self._board is not None:
@@ -226,7 +203,9 @@ class Control:
         self._processes.update()
         for rank in self._processes.ended - before:
             self.lost(rank, f"{self._processes.describe(rank)} has ended")
-        if self.failure is None and waited:
+        if not waited:
+            self._stopped.clear()
+        elif self.failure is None:
             self._judge_wait(waited, what)
 
     def _publish(self, board: Board) -> None:
@@ -236,27 +215,30 @@ class Control:
         """Fetch the abort word and the states of ``ranks``."""
         ranks = list(ranks)
         word, *rows = board.multi_get(["abort", *(f"state/{rank}" for rank in ranks)])
-        now = time.monotonic()
+        self._answered = now = time.monotonic()
         for rank, row in zip(ranks, rows, strict=True):
             state, life = State(*json.loads(row)), self._life[rank]
             ticks = self._processes.cpu_ticks(rank) if state.beat == life.beat else life.cpu_ticks
             if (state.beat, ticks) != (life.beat, life.cpu_ticks):
                 self._life[rank] = Life(state.beat, ticks, now)
             self._states[rank] = state
-        if self.failure is None and word.decode() != _NO_ABORT:
+        if self.failure is None and word.decode() != NO_ABORT:
             self.failure = Failure(*json.loads(word))
 
     def _judge_wait(self, waited: float, what: str) -> None:
         others = [rank for rank in range(self.ranks) if rank != self.rank and not self._states[rank].left]
         silence = {rank: time.monotonic() - self._life[rank].at for rank in others}
-        frozen = [rank for rank in others if silence[rank] > self.timeout]
-        if waited > self.timeout and frozen:
-            rank = frozen[0]
+        self._stopped = {rank: self._stopped.get(rank, 0) + 1 for rank in others if self._processes.stopped(rank)}
+        stopped = [rank for rank, rounds in self._stopped.items() if rounds * SLICE > self._freeze]
+        silent = [rank for rank in others if waited > self.timeout and silence[rank] > self.timeout]
+        if stopped or silent:
+            rank = (stopped or silent)[0]
+            sign = f"is stopped ({self._processes.describe(rank)})" if stopped else "lives but has not moved"
             self.fail(
                 "frozen",
                 rank,
-                f"rank {rank} lives but has not moved for {silence[rank]:.1f} s (timeout {self.timeout:g} s), while "
-                f"rank {self.rank} waits for {what}; see whether it is stopped, or give a longer timeout",
+                f"rank {rank} {sign}, for {silence[rank]:.1f} s (timeout {self.timeout:g} s), while rank {self.rank} "
+                f"waits for {what}; see what stopped it, or give a longer timeout",
             )
         elif waited > self.timeout and all(self._states[rank].waited > self.timeout for rank in others):
             waits = [(self.rank, what), *((rank, self._states[rank].what) for rank in others)]

@@ -18,7 +18,7 @@ import atexit
 import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,27 +28,28 @@ from pipekern import _C
 from pipekern.errors import TransportError
 from pipekern.transport import message, nvrtc
 from pipekern.transport.base import Link, Message
-from pipekern.transport.message import DTYPE_CODE
-from pipekern.transport.shm import aligned, failure_text, leave
+from pipekern.transport.bundle import split, unbundle
+from pipekern.transport.shm import failure_text, leave
 
 _CODECS = {"none": _C.Codec.NONE, "bf16": _C.Codec.BF16, "fp8": _C.Codec.FP8}
 _DLPACK = {"cpu": 1, "cuda": 2}  # DLDeviceType
 
 
 class _Sent(NamedTuple):
-    """Tensors of one message, and their versions where nobody may change them."""
+    """Tensors of one message but those in received slots, and their versions where nobody may change them."""
 
     tensors: list[Tensor]
     versions: list[int] | None
 
 
 class CudaSender:
-    """The sending end of a link from ``device``."""
+    """The sending end of a link from ``device``; ``receivers`` are all receiving ends of this process."""
 
-    def __init__(self, link: Link, end: _C.DeviceSender, device: torch.device):
+    def __init__(self, link: Link, end: _C.DeviceSender, device: torch.device, receivers: Mapping[str, CudaReceiver]):
         self.link = link
         self.end = end
         self.device = device
+        self._receivers = receivers
         self._sent: deque[_Sent] = deque()  # not known to have been read
         self._read = 0
 
@@ -69,19 +70,33 @@ class CudaSender:
         places = bytes(tensor.device == self.device for tensor in tensors)
         on_host = [(tensor.data_ptr(), tensor.nbytes) for tensor, here in zip(tensors, places, strict=True) if not here]
         on_device = [tensor for tensor, here in zip(tensors, places, strict=True) if here]
-        given = given and not any(tensor.is_inference() for tensor in on_device)
+        own, given = self._own(on_device, given)
         stream = current_stream(self.device)
         sent = self.end.send_bundle(tag, descriptor + places, on_host, on_device, digest, stream, given)
         if sent and on_device:
-            self._sent.append(_Sent(on_device, [tensor._version for tensor in on_device] if given else None))
+            self._keep(own, given)
         return sent
 
     def _send_tensor(self, tag: int, tensor: Tensor, requires_grad: bool, digest: int, given: bool) -> bool | None:
-        given = given and not tensor.is_inference()  # which counts no versions
+        own, given = self._own([tensor], given)
         sent = self.end.send_tensor(tag, tensor, requires_grad, digest, current_stream(self.device), given)
         if sent:
-            self._sent.append(_Sent([tensor], [tensor._version] if given else None))
+            self._keep(own, given)
         return sent
+
+    def _own(self, tensors: list[Tensor], given: bool) -> tuple[list[Tensor], bool]:
+        """Those outside of received slots, and whether all are given. One that is sent on out of its slot must not be
+        held, or its sender may wait for the slot while this rank waits for its sender: later work waits for the read.
+        """
+        ends, full = self._receivers.values(), [tensor for tensor in tensors if tensor.numel()]
+        own = [tensor for tensor in full if not any(end.owns(message.address(tensor)) for end in ends)]
+        counted = not any(tensor.is_inference() for tensor in own)  # which count no versions
+        return own, given and counted and len(own) == len(full)
+
+    def _keep(self, tensors: list[Tensor], given: bool) -> None:
+        # Without their graphs, at whose other ends may be what this stage has received, and so slots.
+        kept = [tensor.detach() for tensor in tensors]
+        self._sent.append(_Sent(kept, [tensor._version for tensor in kept] if given else None))
 
     def reap(self) -> None:
         """Let go of tensors that have been read. Raises ``TransportError`` for one that was given and has changed."""
@@ -120,21 +135,21 @@ class CudaReceiver:
         """See :meth:`pipekern.transport.base.Receiver.ready`."""
         return self.end.ready()
 
-    def recv(self, tag: int, wait: float | None = None) -> Message | None:
-        """See :meth:`pipekern.transport.base.Receiver.recv`; the tensors are for the current stream."""
-        arrived = self.end.recv(tag, self._limit(wait), current_stream(self.device))
+    def recv(self, tag: int, wait: float | None = None, into: Tensor | None = None) -> Message | None:
+        """See :meth:`pipekern.transport.base.Receiver.recv`; the tensors are for the current stream.
+
+        A link with a codec adds to ``into`` while it undoes the cast. Without one torch's sum reads the slot as well.
+        """
+        limit, stream = self._limit(wait), current_stream(self.device)
+        if into is not None and self.link.codec != "none":
+            added = self.end.recv_into(tag, into, limit, stream)
+            if added is not False:
+                return added
+        arrived = self.end.recv(tag, limit, stream)
         if arrived is None or isinstance(arrived, Message):
             return arrived
         bundle, descriptor, digest = arrived
-        return Message(_unbundle(bundle, descriptor), digest)
-
-    def recv_into(self, tag: int, tensor: Tensor, wait: float | None = None) -> bool:
-        """Add the one tensor of the next message to ``tensor``, in one pass over both; False after ``wait`` seconds.
-
-        Contiguous, of the message's shape and dtype: float32, bfloat16 or float16. Raises ``MessageMismatch`` for
-        another.
-        """
-        return self.end.recv_into(tag, tensor, self._limit(wait), current_stream(self.device))
+        return Message(unbundle(bundle, descriptor), digest)
 
     def _limit(self, wait: float | None) -> float:
         if self._alone and not self.end.announced():
@@ -149,7 +164,7 @@ class CudaReceiver:
         """See :meth:`pipekern.transport.base.Receiver.held`; of a bundle, all shapes until its last tensor is gone."""
         shapes: list[tuple[int, ...]] = []
         for item in self.end.held():
-            shapes += [spec.shape for spec in _split(item)[1]] if isinstance(item, bytes) else [item]
+            shapes += [spec.shape for spec in split(item)[1]] if isinstance(item, bytes) else [item]
         return shapes
 
     def owns(self, pointer: int) -> bool:
@@ -218,7 +233,7 @@ class CudaTransport:
             self._context(device),
             self._wait_on_host,
         )
-        return CudaSender(link, end, device)
+        return CudaSender(link, end, device, self._receivers)
 
     def _receiver(self, number: int, link: Link) -> CudaReceiver:
         device = self._devices[link.target]
@@ -254,7 +269,14 @@ class CudaTransport:
             sender.reap()
 
     def abort(self, error: BaseException, where: str) -> None:
-        """See :meth:`pipekern.transport.base.Transport.abort`."""
+        """See :meth:`pipekern.transport.base.Transport.abort`. In one process it forgets every message instead."""
+        if self._rank is None:
+            try:
+                for receiver in self._receivers.values():
+                    receiver.end.drain(current_stream(receiver.device))
+                return
+            except TransportError:  # the device has failed: nothing can be used again
+                pass
         self._job.abort(failure_text(error, f"rank {self._rank or 0} failed, in {where}:\n"))
 
     def close(self) -> None:
@@ -273,25 +295,3 @@ class CudaTransport:
 def current_stream(device: torch.device) -> int:
     """The handle of torch's current stream on ``device``; the CPU's is the legacy default stream's, 0."""
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
-
-
-def _split(descriptor: bytes) -> tuple[bytes, list[message.TensorSpec], bytes]:
-    """The descriptor, its tensors, and for each of them 1 if it travelled through device memory."""
-    end = descriptor.rfind(b"}") + 1  # JSON ends with it, and no place is that byte
-    return descriptor[:end], message.specs(descriptor[:end]), descriptor[end:]
-
-
-def _unbundle(bundle: _C.DeviceBundle, descriptor: bytes) -> Any:
-    text, specs, places = _split(descriptor)
-    if len(specs) != len(places):
-        raise TransportError(f"a message has {len(specs)} tensors and {len(places)} places")
-    tensors: list[Tensor] = []
-    offset, index = bundle.host_start, 0
-    for spec, here in zip(specs, places, strict=True):
-        if here:
-            tensors.append(bundle.view_device(index, DTYPE_CODE[spec.dtype], spec.shape))
-            index += 1
-        else:
-            tensors.append(bundle.view_host(offset, DTYPE_CODE[spec.dtype], spec.shape))
-            offset = aligned(offset + spec.nbytes)
-    return message.unpack(text, tensors)

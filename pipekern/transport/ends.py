@@ -157,7 +157,7 @@ class DistReceiver:
         """True when a message has arrived, or none can come."""
         return not self._arrived.empty()
 
-    def recv(self, tag: int, wait: float | None = None) -> Message | None:
+    def recv(self, tag: int, wait: float | None = None, into: Tensor | None = None) -> Message | None:
         """See :meth:`pipekern.transport.base.Receiver.recv`."""
         arrived = self._next(wait)
         if arrived is None:

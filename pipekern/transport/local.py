@@ -90,7 +90,7 @@ class LocalReceiver:
         """True when a message waits."""
         return bool(self._queue)
 
-    def recv(self, tag: int, wait: float | None = None) -> Message:
+    def recv(self, tag: int, wait: float | None = None, into: Tensor | None = None) -> Message:
         """The next message. With none there it raises at once, whatever ``wait``: nobody else could send it."""
         self.transport.check()
         link = self.link

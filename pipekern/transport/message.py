@@ -123,6 +123,14 @@ def plain(tensor: Tensor, place: str = "the value") -> Tensor:
     return whole if whole.data_ptr() or not whole.numel() else whole.clone()  # known to be zero, and without memory
 
 
+def address(tensor: Tensor) -> int:
+    """Where its data begins; 0 for one without memory of its own, as sparse ones and others that no message holds."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
 def check_plain(tensor: Tensor, place: str) -> None:
     """Refuse, with a ``ConfigError`` that names ``place``, a tensor that no message can hold."""
     kind = type(tensor)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipekern.errors import TransportError
 from pipekern.transport.base import Link, Message, Receiver, Sender
@@ -125,7 +126,7 @@ class NullReceiver:
         self._transport.calls.append(Call("ready", self.link.name))
         return self._transport.next(self.link.name) is not None
 
-    def recv(self, tag: int, wait: float | None = None) -> Message | None:
+    def recv(self, tag: int, wait: float | None = None, into: Tensor | None = None) -> Message | None:
         """The scripted message, the very object. With none: None if ``wait`` was given, else ``TransportError``."""
         self._transport.fail()
         message = self._transport.next(self.link.name)

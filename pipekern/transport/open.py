@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,10 @@ from pipekern.transport.dist import DistTransport
 from pipekern.transport.local import LocalTransport
 from pipekern.transport.null import NullTransport
 from pipekern.transport.world import World, same_host
+
+if TYPE_CHECKING:
+    from pipekern.transport.cuda import CudaTransport
+    from pipekern.transport.shm import ShmTransport
 
 NAMES = ("auto", "shm", "cuda", "dist", "local", "null")
 
@@ -48,7 +52,8 @@ def open_transport(name: str, links: Sequence[Link], devices: Sequence[torch.dev
     codecs = sorted({link.codec for link in links} - {"none"})
     if codecs and chosen != "cuda":
         raise ConfigError(
-            f"codec={codecs[0]!r}: the transport here is {chosen!r}, and only 'cuda' casts; leave codec out"
+            f"codec={codecs[0]!r}: the transport here is {chosen!r}, and only 'cuda' casts; leave codec out, or "
+            "give 'auto'"
         )
     if world is not None and chosen in ("shm", "cuda", "dist"):
         try:
@@ -61,9 +66,7 @@ def open_transport(name: str, links: Sequence[Link], devices: Sequence[torch.dev
         world.close()
     transport: Transport
     if chosen == "cuda":
-        from pipekern.transport.cuda import CudaTransport  # only here: it needs the C++ extension
-
-        transport = CudaTransport(None, len(devices), secrets.token_hex(16), _NOBODY_ELSE, lambda: None, devices)
+        transport = cuda_transport(devices, None)
     else:
         transport = NullTransport() if chosen == "null" else LocalTransport(len(devices))
     return Opened(transport, *transport.open(links))
@@ -80,17 +83,30 @@ def _open_dist(world: World, links: Sequence[Link]) -> Opened:
 
 
 def _open_here(chosen: str, world: World, links: Sequence[Link], devices: Sequence[torch.device]) -> Opened:
-    from pipekern.transport.cuda import CudaTransport  # only here: they need the C++ extension
-    from pipekern.transport.shm import ShmTransport
-
-    token = world.gather({"token": secrets.token_hex(16)})[0]["token"]
-    transport: ShmTransport | CudaTransport
-    job = (world.rank, world.size, token, world.timeout, lambda: world.gather({}))
-    transport = ShmTransport(*job) if chosen == "shm" else CudaTransport(*job, devices)
+    transport = cuda_transport(devices, world) if chosen == "cuda" else _shm_transport(world)
     opened = Opened(transport, *transport.open(links))
     world.gather({})
     world.close()  # every rank has its links: from here on the transport itself watches
     return opened
+
+
+def _shm_transport(world: World) -> ShmTransport:
+    from pipekern.transport.shm import ShmTransport  # only here: it needs the C++ extension
+
+    return ShmTransport(world.rank, world.size, _token(world), world.timeout, lambda: world.gather({}))
+
+
+def cuda_transport(devices: Sequence[torch.device], world: World | None) -> CudaTransport:
+    """A new one, without links; collective."""
+    from pipekern.transport.cuda import CudaTransport  # only here: it needs the C++ extension
+
+    if world is None:
+        return CudaTransport(None, len(devices), secrets.token_hex(16), _NOBODY_ELSE, lambda: None, devices)
+    return CudaTransport(world.rank, world.size, _token(world), world.timeout, lambda: world.gather({}), devices)
+
+
+def _token(world: World) -> str:
+    return str(world.gather({"token": secrets.token_hex(16)})[0]["token"])
 
 
 def check_name(name: str) -> None:

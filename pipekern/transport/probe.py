@@ -1,8 +1,9 @@
-"""What the CUDA transport can do on this machine: every link between its GPUs, measured for about a second.
+"""How fast links between CUDA devices are, measured for about a second.
 
     python -m torch.distributed.run --standalone --nproc-per-node=2 -m pipekern.transport.probe
 
-A rank a GPU, or two ranks on the only one. ``pipekern doctor`` runs it and shows what it prints: a row a link.
+measures every link between the GPUs of this machine, a rank a GPU, or two ranks on the only one. ``pipekern doctor``
+runs it and shows what it prints: a row a link.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from pipekern.errors import TransportError
 from pipekern.transport.base import Link, Receiver, Sender
-from pipekern.transport.open import Opened, open_transport
-from pipekern.transport.world import join
+from pipekern.transport.open import Opened, cuda_transport
+from pipekern.transport.world import World, join
 
-BYTES = 64 << 20  # of a message whose bandwidth is measured
+BYTES = 64 << 20  # at most, of a message whose bandwidth is measured
+_LEAST_BYTES = 1 << 20
 LIMIT = 120.0  # seconds for all of it: starting the ranks takes most
 _SLOTS = 4
 _ROUNDS = 50  # there and back
+
+Steps = Generator[None, None, Any]
 
 
 class Measured(NamedTuple):
@@ -52,28 +56,55 @@ def run(gpus: int) -> list[Measured]:
     return [Measured(*row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
-def links_between(ranks: int) -> list[Link]:
-    """A link from every rank to every other."""
-    return [Link(f"{a}>{b}", a, b, _SLOTS) for a in range(ranks) for b in range(ranks) if a != b]
+def between(
+    pairs: Mapping[tuple[int, int], float], devices: Sequence[torch.device], world: World | None, seconds: float
+) -> list[Measured]:
+    """A row for each of ``pairs`` of ranks, with messages of about so many bytes; the same on every rank; collective.
+
+    Each pair is also there the other way round. They share ``seconds``, and are measured at once where they share no
+    rank. The links are of a transport of their own, which is gone afterwards with all of its memory.
+    """
+    links = [Link(f"{a}>{b}", a, b, _SLOTS) for a, b in pairs]
+    sizes = [min(BYTES, max(_LEAST_BYTES, int(size))) for size in pairs.values()]
+    rank = None if world is None else world.rank
+    transport = cuda_transport(devices, world)
+    try:
+        opened = Opened(transport, *transport.open(links))
+        rows = measure(rank, links, opened, devices, sizes, seconds)
+    except BaseException as error:
+        transport.abort(error, f"rank {rank or 0}, measuring links")
+        raise
+    finally:
+        transport.close()
+    gathered = [rows] if world is None else [row["links"] for row in world.gather({"links": rows})]
+    return [Measured(*row) for rows in gathered for row in rows]
 
 
 def measure(
-    rank: int, links: Sequence[Link], opened: Opened, device: torch.device, seconds: float = 1.0
+    rank: int | None,
+    links: Sequence[Link],
+    opened: Opened,
+    devices: Sequence[torch.device],
+    sizes: Sequence[int],
+    seconds: float,
 ) -> list[Measured]:
-    """Every link in turn, ``seconds`` in all; on rank 0 the rows of all links, elsewhere those that it sends on."""
+    """Every link in turn, ``seconds`` in all, with large messages of ``sizes`` bytes: the rows of those that this
+    process sends on. ``rank`` None: all of them.
+    """
     rows = []
-    for link in links:
+    for link, size in zip(links, sizes, strict=True):
         back = f"{link.target}>{link.source}"
-        if rank == link.source:
-            found = _lead(opened.senders[link.name], opened.receivers[back], device, seconds / len(links))
+        check, leads, follows = opened.transport.check, rank in (None, link.source), rank in (None, link.target)
+        sides: list[Steps] = []
+        if leads:
+            end = _End(opened.senders[link.name], opened.receivers[back], devices[link.source], rank is None)
+            sides.append(_lead(end, size, seconds / len(links)))
+        if follows:
+            end = _End(opened.senders[back], opened.receivers[link.name], devices[link.target], rank is None)
+            sides.append(_follow(end))
+        found = _run(sides, check)
+        if leads:
             rows.append(Measured(link.name, _way(opened, link.name), *found))
-        elif rank == link.target:
-            _follow(opened.receivers[link.name], opened.senders[back])
-    if rank:
-        _send(opened.senders[f"{rank}>0"], 0, [list(row) for row in rows])
-        return rows
-    for other in range(1, max(link.source for link in links) + 1):
-        rows += [Measured(*row) for row in _value(opened.receivers[f"{other}>0"], 0)]
     return rows
 
 
@@ -82,48 +113,73 @@ def _way(opened: Opened, link: str) -> str:
     return ways[link]
 
 
-def _lead(sender: Sender, receiver: Receiver, device: torch.device, seconds: float) -> tuple[float, float]:
-    small, large = torch.zeros(2, device=device), torch.zeros(BYTES, dtype=torch.uint8, device=device)
+class _End(NamedTuple):
+    """One side of a link and of the one back. ``alone``: the other side is in this thread, and runs at each yield."""
+
+    sender: Sender
+    receiver: Receiver
+    device: torch.device
+    alone: bool
+
+    def send(self, tag: int, value: Any) -> Steps:
+        while not self.sender.send(tag, value, given=True):
+            yield
+
+    def value(self, tag: int) -> Steps:
+        while self.alone and not self.receiver.ready():
+            yield
+        message = self.receiver.recv(tag)
+        assert message is not None
+        return message.value
+
+
+def _run(sides: Sequence[Steps], check: Callable[[], None]) -> Any:
+    """Run all to their ends, in turn; what the first returns."""
+    results: dict[int, Any] = {}
+    while len(results) < len(sides):
+        for index, side in enumerate(sides):
+            if index not in results:
+                try:
+                    next(side)
+                except StopIteration as end:
+                    results[index] = end.value
+        check()
+        time.sleep(0)
+    return results.get(0)
+
+
+def _lead(end: _End, size: int, seconds: float) -> Steps:
+    small = torch.zeros(2, device=end.device)
+    large = torch.zeros(size, dtype=torch.uint8, device=end.device)
     for tag in range(_ROUNDS):
         if tag == _ROUNDS // 5:  # the first ones make slots
             start = time.perf_counter()
-        _send(sender, tag, small)
-        _value(receiver, tag).tolist()
+        yield from end.send(tag, small)
+        (yield from end.value(tag)).tolist()
     latency = 1e6 * (time.perf_counter() - start) / (_ROUNDS - _ROUNDS // 5) / 2
-    _send(sender, 0, large)
-    _value(receiver, 0)
+    yield from end.send(0, large)
+    yield from end.value(0)
     count, start = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - start < seconds:
         for tag in range(_SLOTS):
-            _send(sender, tag, large)
+            yield from end.send(tag, large)
         count += _SLOTS
-        _value(receiver, 0)
-    _send(sender, 0, None)
-    return latency, count * BYTES / (time.perf_counter() - start)
+        yield from end.value(0)
+    yield from end.send(0, None)
+    return latency, count * size / (time.perf_counter() - start)
 
 
-def _follow(receiver: Receiver, sender: Sender) -> None:
+def _follow(end: _End) -> Steps:
     for tag in range(_ROUNDS):
-        _send(sender, tag, _value(receiver, tag))
-    _value(receiver, 0)[-1].item()
-    _send(sender, 0, 1)
-    while (value := _value(receiver, 0)) is not None:
+        yield from end.send(tag, (yield from end.value(tag)))
+    (yield from end.value(0))[-1].item()
+    yield from end.send(0, 1)
+    while (value := (yield from end.value(0))) is not None:
         for tag in range(1, _SLOTS):
-            value = _value(receiver, tag)
+            value = yield from end.value(tag)
         value[-1].item()  # the last has arrived
         del value
-        _send(sender, 0, 1)
-
-
-def _send(sender: Sender, tag: int, value: Any) -> None:
-    while not sender.send(tag, value, given=True):
-        time.sleep(0)
-
-
-def _value(receiver: Receiver, tag: int) -> Any:
-    message = receiver.recv(tag)
-    assert message is not None
-    return message.value
+        yield from end.send(0, 1)
 
 
 def main() -> None:
@@ -132,11 +188,10 @@ def main() -> None:
     assert world is not None, "start it with torchrun"
     device = torch.device("cuda", world.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    rank, links = world.rank, links_between(world.size)
-    opened = open_transport("cuda", links, [device] * world.size, world)
-    rows = measure(rank, links, opened, device)
-    opened.transport.close()
-    if rank == 0:
+    ranks = range(world.size)
+    rows = between({(a, b): BYTES for a in ranks for b in ranks if a != b}, [device] * world.size, world, 1.0)
+    world.close()
+    if world.rank == 0:
         print(json.dumps(rows), flush=True)
 
 

@@ -37,14 +37,21 @@ class Processes:
 
     def cpu_ticks(self, rank: int) -> int:
         """Clock ticks that ``rank`` has used; 0 for one that has gone or is elsewhere."""
+        return sum(map(int, self._stat(rank)[11:13]))
+
+    def stopped(self, rank: int) -> bool:
+        """Whether ``rank`` is stopped by a signal, and not by a debugger; False for one that is elsewhere."""
+        return self._stat(rank)[:1] == ["T"]
+
+    def _stat(self, rank: int) -> list[str]:
+        """The fields of /proc/PID/stat from the state on; none for one that has gone or is elsewhere."""
         if rank not in self._pids:
-            return 0
+            return []
         try:
             with open(f"/proc/{self._pids[rank]}/stat") as file:
-                user, system = file.read().rpartition(")")[2].split()[11:13]
+                return file.read().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
-            return 0
-        return int(user) + int(system)
+            return []
 
     def close(self) -> None:
         """Give the descriptors back."""

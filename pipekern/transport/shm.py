@@ -62,7 +62,7 @@ class ShmReceiver:
         """See :meth:`pipekern.transport.base.Receiver.ready`."""
         return self.end.ready()
 
-    def recv(self, tag: int, wait: float | None = None) -> Message | None:
+    def recv(self, tag: int, wait: float | None = None, into: Tensor | None = None) -> Message | None:
         """See :meth:`pipekern.transport.base.Receiver.recv`."""
         arrived = self._recv(tag, -1.0 if wait is None else max(wait, 0.0))
         if arrived is None or isinstance(arrived, Message):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import pipekern as pk
 from pipekern.runtime.detours import Spread
+from tests.launch import launch, values
+from tests.transport import fake_cuda
 
 
 def _leaf() -> Tensor:
@@ -47,3 +52,44 @@ def test_what_is_scattered_is_gathered(seed: int) -> None:
     gradients = [torch.randn(2) for _ in leaves]
     back = spread.gather(spread.scatter(gradients))
     assert all(x is y for x, y in zip(back, gradients, strict=True))
+
+
+def _two_consumers(codec: str, apart: bool) -> tuple[list[str], dict[str, Tensor]]:
+    """The links on which gradients were added as they came, and the gradients of a step; ``apart``: none may be."""
+    from pipekern.transport.cuda import CudaReceiver
+
+    fake_cuda.load("fake-cuda")
+    os.environ.pop("RANK", None)
+    torch.manual_seed(0)
+    save, join = pk.Skip.save("a"), pk.Skip.join("a", torch.mul)
+    net = pk.Skip(nn.Linear(64, 64), save, nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), join)
+    ones = (1.0,) * 6
+    costs = pk.LayerCosts(tuple(map(str, range(6))), ones, ones, ones, (1e4,) * 6)
+    added: list[str] = []
+    recv = CudaReceiver.recv
+
+    def spy(self: CudaReceiver, tag: int, wait: float | None = None, into: Tensor | None = None) -> Any:
+        message = recv(self, tag, wait, None if apart else into)
+        if message is not None and into is not None and message.value is into:
+            added.append(self.link.name)
+        return message
+
+    CudaReceiver.recv = spy  # type: ignore[method-assign]
+    options: dict[str, Any] = {"transport": "cuda", "devices": ["cpu"], "ranks": 3, "codec": codec, "split": costs}
+    with pk.Pipeline(net, loss_fn=nn.MSELoss(), microbatches=4, **options) as pipe:
+        assert [tuple(hop) for hop in pipe.skips] == [("a", 0, 2, True)]
+        x, y = torch.randn(32, 64), torch.randn(32, 64)
+        pipe.train_step(x, y)
+        return added, {name: p.grad.clone() for name, p in pipe.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("codec", ["bf16", "fp8"])
+def test_a_gradient_from_two_consumers_is_added_as_it_comes(codec: str) -> None:
+    """What stage 0 saved at its end goes to stages 1 and 2: the gradient that comes second is added to the first."""
+    fake_cuda.library()
+    (added, gradients), (never, expected) = (
+        values(launch(_two_consumers, 1, codec, apart))[0] for apart in (False, True)
+    )
+    assert (added, never) == (["2>0"] * 4, [])
+    assert gradients.keys() == expected.keys() and len(gradients) == 6
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)

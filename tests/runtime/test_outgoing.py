@@ -36,7 +36,7 @@ class Slots:
     def ready(self) -> bool:
         return bool(self.sent)
 
-    def recv(self, tag: int, wait: float | None = None) -> Message | None:
+    def recv(self, tag: int, wait: float | None = None, into: Tensor | None = None) -> Message | None:
         self.free += 1
         return Message(self.sent.pop(0)[1], 0) if self.sent else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from itertools import product
@@ -17,6 +18,7 @@ from tests.runtime.models import KINDS, build
 from tests.runtime.parity import ALL, Case, Trained, allowed, compare, same_bits, train
 from tests.runtime.payloads import PAYLOADS
 from tests.runtime.step import gradients
+from tests.transport import fake_cuda
 
 RANKS, MICROBATCHES = (1, 2, 3, 4), (1, 2, 3, 5, 8)
 SCHEDULES = tuple(name for name in pk.schedule.names() if pk.schedule.describe(name).runnable)
@@ -85,6 +87,28 @@ def test_among_processes(ranks: int, seed: int) -> None:
 
 def test_among_processes_over_torch_distributed(seed: int) -> None:
     _prove(_sample(2, "dist")[::3], seed, processes=2)
+
+
+def _train_on_stand_in(cases: list[Case], seed: int, together: bool) -> list[Trained]:
+    """Over the CUDA transport on the stand-in driver, without a launcher where ``together``."""
+    leaks = fake_cuda.load("fake-cuda")
+    if together:
+        del os.environ["RANK"]
+    runs = _train_all(cases, seed, again=False)
+    assert leaks() == ""
+    return runs
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (2, 4))])
+def test_over_the_cuda_transport(together: bool, ranks: int, seed: int) -> None:
+    """Also with stages in the middle, several of them a rank, values that are no single tensor, and tied weights."""
+    pytest.importorskip("pipekern._C")
+    fake_cuda.library()
+    cases = _sample(ranks, "cuda")[:: 4 if ranks == 3 else 1]
+    runs = values(launch(_train_on_stand_in, 1 if together else ranks, cases, seed, together, timeout=240))
+    for case, *of_case in zip(cases, *runs, strict=True):
+        compare(case, of_case, seed)
 
 
 @pytest.mark.full

@@ -107,6 +107,14 @@ def test_gradients_among_processes(schedule: str, heavy: bool) -> None:
     check(crossing, F.mse_loss, *_batch(crossing), processes=True, seed=1, ranks=3, **options)
 
 
+def test_a_gradient_that_is_handed_over_keeps_no_slot() -> None:
+    """Stage 4's joined value is saved on stage 1 of the same rank, which goes backward long after: the gradient is a
+    view of what stage 5 has sent, whose next messages must find slots.
+    """
+    options: dict[str, Any] = {"microbatches": 6, "schedule": "interleaved-1f1b", "split": _heavy(unet)}
+    check(unet, F.mse_loss, *_batch(unet), processes=True, seed=3, ranks=3, **options)
+
+
 @pytest.mark.parametrize("transport", ["shm", "dist"])
 @pytest.mark.full
 def test_transports(transport: str) -> None:

@@ -168,9 +168,10 @@ def train(processes: bool, schedule: str) -> float:
     return max(differences)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-def test_training_equals_the_unsplit_module(schedule: str) -> None:
-    assert max(values(launch(train, 2, True, schedule, timeout=100.0))) < 1e-4
+def test_training_equals_the_unsplit_module(schedule: str, ranks: int) -> None:
+    assert max(values(launch(train, ranks, True, schedule, timeout=100.0))) < 1e-4
 
 
 def test_training_in_one_process() -> None:
@@ -198,7 +199,7 @@ def test_kernels_are_the_host_bodies_bit_for_bit(codec: str, dtype: torch.dtype,
         del got
         total = torch.ones(count, dtype=dtype, device=CARD)
         send(senders["0>1"], 1, value)
-        assert receivers["0>1"].recv_into(1, total)
+        assert receivers["0>1"].end.recv_into(1, total, -1.0, torch.cuda.current_stream().cuda_stream)
         assert torch.equal(total.cpu(), (expected.float() + 1).to(dtype))
     transport.close()
 

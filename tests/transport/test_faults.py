@@ -208,27 +208,6 @@ def test_all_ranks_without_a_free_slot_is_a_timeout(transport: str) -> None:
         assert outcome.error is None, outcome.error
 
 
-def stopped(ends: Ends) -> Steps:
-    if ends.rank == 1:
-        yield from send(ends, "1>0", 0, os.getpid())
-        yield None
-        os.kill(os.getpid(), signal.SIGSTOP)
-        return told(wait_for_failure(ends, "check"))  # rank 0 lets it go on
-    pid = (yield from receive(ends, "1>0", 0)).value if ends.rank == 0 else 0
-    yield None
-    error = wait_for_failure(ends, "recv")
-    if pid:
-        os.kill(pid, signal.SIGCONT)
-    return told(error)
-
-
-@on_processes
-def test_a_stopped_rank_is_frozen(transport: str) -> None:
-    for outcome in run_to_failure(transport, stopped, timeout=0.5):
-        assert outcome.error is None, outcome.error
-        assert outcome.value[:2] == ("PeerFrozen", 1)
-
-
 def busy(ends: Ends, timeout: float) -> Steps:
     """Rank 1 computes, without a call to the transport, for longer than the deadline."""
     if ends.rank == 1:

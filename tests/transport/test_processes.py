@@ -20,6 +20,10 @@ def test_golden() -> None:
         before = watched.cpu_ticks(3)
         while watched.cpu_ticks(3) == before:  # it runs, so this ends
             time.sleep(0.01)
+        assert not watched.stopped(3) and not watched.stopped(0)
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+        assert watched.stopped(3)
         os.kill(child.pid, signal.SIGKILL)
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         watched.update()  # seen before anyone has reaped it

@@ -152,7 +152,8 @@ void codecs(bool staged) {
                 const Pointer place = delivery.base + delivery.offset(0);
                 link.target.copy(reinterpret_cast<Pointer>(got.data()), reinterpret_cast<void*>(place), 4 * count);
             }
-            link.receiver->take_into(2, link.target.handle(), {link.target.memory->pointer(), count, kF32});
+            CHECK(!link.receiver->take_into(2, link.target.handle(), {link.target.memory->pointer(), count + 1, kF32}));
+            CHECK(link.receiver->take_into(2, link.target.handle(), {link.target.memory->pointer(), count, kF32}));
             link.target.copy(reinterpret_cast<Pointer>(sum.data()),
                              reinterpret_cast<void*>(link.target.memory->pointer()), 4 * count);
             link.target.synchronize();

@@ -1,5 +1,6 @@
 // Ranks as processes: killed, stopped, forked. Every survivor names the rank, whoever its neighbours are.
 #include <signal.h>
+#include <sys/ptrace.h>
 #include <sys/wait.h>
 
 #include <functional>
@@ -101,25 +102,25 @@ void a_killed_rank_is_named_by_all(bool with_children) {
     waitpid(pids[2], nullptr, 0);
 }
 
-void a_stopped_rank_is_frozen() {
+void a_stopped_rank_is_frozen(std::int64_t timeout_ns, const char* sign) {
     Stage& stage = new_stage();
-    auto pids = start(stage, kSecond, [&](int rank, std::shared_ptr<Job>& job) {
+    auto pids = start(stage, timeout_ns, [&](int rank, std::shared_ptr<Job>& job) {
         if (rank == 1) {
             Sender sender(job, {0, "1>0", 1}, 0);
             ++stage.ready;
             until([&] { return job->page().aborted(); });
-            CHECK_RAISES(Fault::kFrozen, 1, "rank 1 is frozen", job->check());
+            CHECK_RAISES(Fault::kFrozen, 1, sign, job->check());
             return;
         }
         if (rank == 0) {
             Receiver receiver(job, {0, "1>0", 1}, 1);
             ++stage.ready;
-            CHECK_RAISES(Fault::kFrozen, 1, "rank 1 is frozen", receiver.wait(0, -1));
+            CHECK_RAISES(Fault::kFrozen, 1, sign, receiver.wait(0, -1));
             return;
         }
         ++stage.ready;
         until([&] { return job->page().aborted(); });
-        CHECK_RAISES(Fault::kFrozen, 1, "rank 1 is frozen", job->check());
+        CHECK_RAISES(Fault::kFrozen, 1, sign, job->check());
     });
     until([&] { return stage.ready == kWorld; });
     kill(pids[1], SIGSTOP);
@@ -127,6 +128,37 @@ void a_stopped_rank_is_frozen() {
     expect_exit(pids[2]);
     kill(pids[1], SIGCONT);
     expect_exit(pids[1]);
+}
+
+// A process that a debugger holds is still, and is waited for.
+void a_debugged_rank_is_waited_for() {
+    Stage& stage = new_stage();
+    auto pids = start(stage, 8 * kSecond, [&](int rank, std::shared_ptr<Job>& job) {
+        if (rank == 1) {
+            Sender sender(job, {0, "1>0", 1}, 0);
+            ++stage.ready;
+            until([&] { return stage.caused != 0; });
+            const std::uint8_t byte = 1;
+            const Piece piece{&byte, 1};
+            CHECK(sender.send(Label{0, 0, 0, 1, 0, {1}}, &piece, 1));
+        } else if (rank == 0) {
+            Receiver receiver(job, {0, "1>0", 1}, 1);
+            ++stage.ready;
+            CHECK(receiver.wait(0, -1));
+        } else {
+            ++stage.ready;
+        }
+        if (rank != 0) until([&] { return job->page().state(0) == Page::kClosed; });
+    });
+    until([&] { return stage.ready == kWorld; });
+    int status = 0;
+    CHECK_EQUAL(ptrace(PTRACE_SEIZE, pids[1], nullptr, nullptr), 0);
+    CHECK_EQUAL(ptrace(PTRACE_INTERRUPT, pids[1], nullptr, nullptr), 0);
+    CHECK_EQUAL(waitpid(pids[1], &status, 0), pids[1]);
+    std::this_thread::sleep_for(std::chrono::seconds(2));  // what is tested: longer than a process may be still
+    stage.caused = 1;
+    CHECK_EQUAL(ptrace(PTRACE_DETACH, pids[1], nullptr, nullptr), 0);
+    for (pid_t pid : pids) expect_exit(pid);
 }
 
 // A live rank that computes for several deadlines is waited for; so is everybody after the whole job was stopped.
@@ -193,7 +225,9 @@ void a_child_gives_no_credit() {
 int main() {
     a_killed_rank_is_named_by_all(false);
     if (!kThreadSanitizer) a_killed_rank_is_named_by_all(true);
-    a_stopped_rank_is_frozen();
+    a_stopped_rank_is_frozen(kSecond / 2, "rank 1 is frozen");
+    a_stopped_rank_is_frozen(16 * kSecond, "has neither beaten nor used CPU time for");
+    a_debugged_rank_is_waited_for();
     the_busy_and_the_stopped_together_are_waited_for();
     if (!kThreadSanitizer) a_child_gives_no_credit();
 }
