@@ -72,7 +72,7 @@ class Layer(nn.Module):
         end = start + x.shape[-2]
         cosine, sine = self.cosine[start:end], self.sine[start:end]
         a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cosine - b * sine, a * sine + b * cosine), dim=-1)
+        return torch.cat((a * cosine - b * sine, a * sine + b * cosine), dim=-1).to(x.dtype)
 
 
 class GPT(nn.Module):

@@ -1,0 +1,1 @@
+"""What benchmarks/zero_cpu.py compares."""
