@@ -28,6 +28,7 @@ _KEPT = {
     for op in (
         _aten.mm,
         _aten.addmm,
+        _aten.linear,  # of a layer whose weight work is put off
         _aten.bmm,
         _aten.baddbmm,
         _aten.convolution,

@@ -107,3 +107,26 @@ def test_each_keeps_less_than_the_one_before() -> None:
 def test_unknown_choice() -> None:
     with pytest.raises(pk.ConfigError, match="recompute='some'; choose one of 'none', 'selective', 'full'"):
         pk.Pipeline(nn.Linear(2, 2), loss_fn=F.mse_loss, microbatches=1, recompute="some")
+
+
+class _Products(TorchDispatchMode):
+    """Counts the forward products of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.linear.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("how", ["none", "selective"])
+def test_products_are_made_once_whether_weight_work_waits_or_not(schedule: str, how: str) -> None:
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(4)])
+    pipe = pk.Pipeline(net, loss_fn=nn.MSELoss(), microbatches=3, ranks=2, schedule=schedule, recompute=how)
+    x = torch.randn(6, 4)
+    with _Products() as products:
+        pipe.train_step(x, x)
+    assert products.count == 3 * 4
