@@ -25,10 +25,11 @@ class Unused(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = perceptron()[:8]
-        self.layers[0].requires_grad_(False)
-        self.layers[2].bias.requires_grad_(False)
-        self.layers[4].spare = nn.Parameter(torch.ones(3))
+        layers = perceptron()[:8]
+        layers[0].requires_grad_(False)
+        layers[2].bias.requires_grad_(False)
+        layers[4].spare = nn.Parameter(torch.ones(3))
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -47,12 +48,8 @@ def labels(samples: int) -> Batch:
     return Batch(torch.randn(samples, 5, dtype=torch.float64), y)
 
 
-def six(samples: int) -> Batch:
+def to_six(samples: int) -> Batch:
     return Batch(torch.randn(samples, 5, dtype=torch.float64), torch.randn(samples, 6, dtype=torch.float64))
-
-
-def of_ninth(samples: int) -> Batch:
-    return Batch(torch.randn(samples, 5, dtype=torch.float64), torch.randn(samples, 9, dtype=torch.float64))
 
 
 def pair(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +82,7 @@ KINDS: dict[str, Kind] = {
     "cross entropy": Kind(classifier, nn.CrossEntropyLoss(), of_labels, labels),
     "pair": Kind(perceptron, pair, pair, vectors),
     "tied": Kind(lambda: Gpt(tied=True), token_loss, of_samples(token_loss), tokens),
-    "unused": Kind(Unused, F.mse_loss, of_samples(F.mse_loss), of_ninth),
+    "unused": Kind(Unused, F.mse_loss, of_samples(F.mse_loss), to_six),
     "batchnorm": Kind(normalised, F.mse_loss, of_samples(F.mse_loss), vectors, coupled=True),
 }
 
@@ -182,7 +179,7 @@ class Unsplit:
             self._swap(replica)
             outputs.append(reference.evaluate(self.model, batch.x))
         parts = [self.kind.counted(output, batch.y) for output, batch in zip(outputs, batches, strict=True)]
-        return sum(total for total, _ in parts) / sum(count for _, count in parts), outputs  # type: ignore[return-value]
+        return sum(total for total, _ in parts) / sum(count for _, count in parts), outputs
 
     def state(self, replica: int) -> dict[str, Tensor]:
         self._swap(replica)
