@@ -1,5 +1,5 @@
 # make train [DATA=file-or-folder]   train a GPT over two ranks (a rank a GPU where there are several)
-# make test-gpu, bench-gpu           what needs a CUDA device: tests, and benchmarks/transport_gpu.py, transport_gpus.py
+# make test-gpu, bench-gpu           what needs a CUDA device: tests, benchmarks/transport_gpu.py, step_gpu.py, transport_gpus.py
 # make test                          everything that must pass, in minutes;  make test-all: the whole grids as well
 #
 # Both make .venv, install pinned dependencies, build and install pipekern. Needs python3 >= 3.10 with pip and venv, gcc, g++.
@@ -35,6 +35,7 @@ test-gpu:
 
 bench-gpu:
 	$(PYTHON) -m benchmarks.transport_gpu --out benchmarks/results/transport_gpu.csv $(ARGS)
+	$(PYTHON) -m benchmarks.step_gpu --out benchmarks/results/step_gpu.csv $(ARGS)
 	if $(PYTHON) -c 'import torch, sys; sys.exit(torch.cuda.device_count() < 2)'; \
 	then $(PYTHON) -m benchmarks.transport_gpus --out benchmarks/results/transport_gpus.csv; \
 	else echo "one GPU: links between several are not measured"; fi

@@ -2,7 +2,8 @@
 
     python -m benchmarks.pipeline_cpu [--rounds 10] [--case TEXT] [--out benchmarks/results/pipeline_cpu.csv]
 
-Two ranks of one thread, each pinned to a core. The same model, weights, batch, split and optimizer for all; gradients
+Two ranks of one thread, each pinned to a core; each library in two processes of its own, with what its users have by
+default, blocked while another's are at work. The same model, weights, batch, split and optimizer for all; gradients
 are compared with the unsplit model's before anything is timed. A step lasts from a barrier until every rank has ended
 it; contenders take turns in shuffled rounds, and ratios are taken round by round: contender over pipekern, so that more
 than 1 is slower than pipekern.
@@ -11,29 +12,53 @@ than 1 is slower than pipekern.
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import quantiles
 
-import torch.distributed as dist
-
 from benchmarks.pipelines import overhead, rounds
 from benchmarks.pipelines.case import cases, trivial
-from benchmarks.pipelines.contender import contenders
+from benchmarks.pipelines.contender import libraries
 from benchmarks.pipelines.machine import describe
+from benchmarks.pipelines.pair import Pair
 from benchmarks.pipelines.rounds import Result
 from benchmarks.record import write
-from benchmarks.two_ranks import start
+from benchmarks.two_ranks import take_core
 
 Row = dict[str, str | int]
 
 
 def main() -> None:
-    """Start two ranks, or be one of them."""
+    """Time all cases, print the tables, and write them."""
     options = arguments()
-    start("benchmarks.pipeline_cpu")
-    rank_main(options)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    machine = describe()
+    chosen = [name for name in libraries() if name == "pipekern" or options.library in name]
+    pairs = [Pair(library) for library in chosen]
+    rows: list[Row] = []
+    say("\n".join(f"{key}: {value}" for key, value in machine.items()))
+    for number, case in enumerate(cases()):
+        if options.case in case.name:
+            say(f"\n{case.name}")
+            table = tabulate(case.name, rounds.run(number, pairs, options.rounds, say))
+            rows.extend(table)
+            say(show(table))
+    take_core(0)
+    own = overhead.measure(trivial(64, steps=5), repeats=20)
+    say(
+        f"\nexecutor's own cost: {own.instruction:.1f} µs an instruction ({own.instructions} a step, sends and "
+        f"receives counted), {own.computation:.1f} µs a computation; stages' work: {own.work:.1f} µs an instruction"
+    )
+    machine["executor_us_an_instruction"] = f"{own.instruction:.1f}"
+    machine["executor_us_a_computation"] = f"{own.computation:.1f}"
+    if options.out:
+        write(options.out, machine, rows)
+
+
+def say(text: str) -> None:
+    """Print it now."""
+    print(text, flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -44,40 +69,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--library", default="", help="only pipekern and this library")
     parser.add_argument("--out", type=Path, help="write a CSV file")
     return parser.parse_args()
-
-
-def rank_main(options: argparse.Namespace) -> None:
-    """One rank of two, alone on its core."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    dist.init_process_group("gloo")
-    first = dist.get_rank() == 0
-    machine = describe()
-    runners = [c for c in contenders() if c.library == "pipekern" or options.library in c.library]
-    rows: list[Row] = []
-
-    def say(text: str) -> None:
-        if first:
-            print(text, flush=True)
-
-    say("\n".join(f"{key}: {value}" for key, value in machine.items()))
-    for case in cases():
-        if options.case in case.name:
-            say(f"\n{case.name}")
-            table = tabulate(case.name, rounds.run(case, runners, options.rounds, say))
-            rows.extend(table)
-            say(show(table))
-    if first:
-        own = overhead.measure(trivial(64, steps=5), repeats=20)
-        say(
-            f"\nexecutor's own cost: {own.instruction:.1f} µs an instruction ({own.instructions} a step, sends and "
-            f"receives counted), {own.computation:.1f} µs a computation; stages' work: {own.work:.1f} µs an instruction"
-        )
-        machine["executor_us_an_instruction"] = f"{own.instruction:.1f}"
-        machine["executor_us_a_computation"] = f"{own.computation:.1f}"
-        if options.out:
-            write(options.out, machine, rows)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def tabulate(case: str, results: Sequence[Result]) -> list[Row]:

@@ -24,7 +24,7 @@ import pipekern as pk
 from benchmarks.pipelines.case import Case, gpt
 from benchmarks.pipelines.machine import describe
 from benchmarks.pipelines.ours import Ours
-from benchmarks.pipelines.rounds import step_seconds
+from benchmarks.pipelines.rank import step_seconds
 from benchmarks.record import write
 from benchmarks.two_ranks import start
 

@@ -32,7 +32,7 @@ def _one_minus_power(log, t):
 
 @jit
 def _factor(stats, count, grad_scale, max_norm, BLOCK: tl.constexpr):
-    """What gradients are multiplied by, and whether all of them are finite."""
+    """What gradients are multiplied by, and whether all of them and their norm are finite."""
     squares = tl.zeros((BLOCK,), tl.float32)
     wrong = tl.zeros((BLOCK,), tl.float32)
     factor = tl.full((), 1, tl.float32)
@@ -45,7 +45,7 @@ def _factor(stats, count, grad_scale, max_norm, BLOCK: tl.constexpr):
             wrong += tl.load(stats + 2 * at + 1, at < count, 0)
         norm = tl.sqrt_rn(tl.sum(squares, 0)) * factor
         factor *= tl.where(max_norm < float("inf"), tl.minimum(tl.div_rn(max_norm, norm + 1e-6), 1), 1)
-    return factor, tl.sum(wrong, 0) == 0
+    return factor, (tl.sum(wrong, 0) == 0) & (tl.sum(squares, 0) < float("inf"))
 
 
 @jit
@@ -200,14 +200,13 @@ def adamw_step(
 
     Args:
         table: ``Table(params, grads, means, squares)``, moments in float32, or with a fifth column of copies that get
-        the
-            new parameters, rounded to the nearest. ``groups`` are the rows of ``hyper``.
+            the new parameters, rounded to the nearest. ``groups`` are the rows of ``hyper``.
         hyper: float32 [groups, 8], each a :func:`hyper_row`.
         progress: int32 [2], zeros at first: the steps taken, and a counter of the launch. A skipped step does not
-        count. stats: float32 [n, 2] of :func:`grad_stats`, over all parameters whose gradients have one norm, those
-        of other
-            ranks included. Where a value is not finite the step is skipped; the norm is clipped to ``max_norm``, as
-            ``torch.nn.utils.clip_grad_norm_`` does. Without it neither.
+            count.
+        stats: float32 [n, 2] of :func:`grad_stats`, over all parameters whose gradients have one norm, those of other
+            ranks included. Where a value, or the norm, is not finite the step is skipped; the norm is clipped to
+            ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does. Without it neither.
         grad_scale: What gradients are divided by, one number: the loss scale.
         stochastic_rounding: bfloat16 parameters are rounded up or down at random, to the nearer more often, so that
             small steps are not lost; the same from run to run.
@@ -225,6 +224,8 @@ def adamw_step(
         raise ConfigError(
             f"progress is {tuple(progress.shape)} of {progress.dtype}; it must be two zeros of int32 at first"
         )
+    if stats is not None and (stats.dtype != torch.float32 or stats.shape[1:] != (2,) or not stats.is_contiguous()):
+        raise ConfigError(f"stats is {tuple(stats.shape)} of {stats.dtype}; it must be [n, 2] of float32, contiguous")
     if means and (means[0].dtype != torch.float32 or squares[0].dtype != torch.float32):
         raise ConfigError(f"moments are {means[0].dtype} and {squares[0].dtype}; they must be float32")
     if stochastic_rounding and params and params[0].dtype != torch.bfloat16:

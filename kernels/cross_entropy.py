@@ -16,8 +16,9 @@ from pipekern.errors import ConfigError
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, tl
-from .layout import lead, slabs
+from .layout import even, lead, slabs, step
 from .library import define
+from .peel import block_of, peels, start_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -30,17 +31,27 @@ def _log1p(u):
 
 
 @jit
+def _keep(stats, peak, rest, own, counts):
+    """What the backward pass needs of a row, and whether its target counts."""
+    tl.store(stats, peak)
+    tl.store(stats + 1, rest)
+    tl.store(stats + 2, own)
+    tl.store(stats + 3, counts)
+
+
+@jit
 def _forward(
     x, x0, x1, x2, x3, target, t0, t1, t2, loss, stats, ignore, smoothing, z_loss, B, C, V,
-    SMOOTH: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr, Z: tl.constexpr, STEP: tl.constexpr, PEEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program makes one row in one pass: the largest logit so far, and the sum relative to it."""
     row = tl.program_id(0).to(tl.int64)
-    x += lead(row, B, C, x0, x1, x2)
-    label = tl.load(target + lead(row, B, C, t0, t1, t2)).to(tl.int64)
+    V = even(V, STEP)
+    x += lead(row, B, C, x0, x1, x2, STEP)
+    first = start_of(x, PEEL)
+    label = tl.load(target + lead(row, B, C, t0, t1, t2, 1)).to(tl.int64)
     if label == ignore:
-        for i in tl.static_range(4):
-            tl.store(stats + 4 * row + i, 0.0)
+        _keep(stats + 4 * row, 0.0, 0.0, 0.0, 0.0)
         tl.store(loss + row, 0.0)
         return
     known = (label >= 0) & (label < V)
@@ -48,14 +59,17 @@ def _forward(
     others = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
-        col = start + tl.arange(0, BLOCK).to(tl.int64)
-        value = tl.load(x + col * x3, col < V, float("-inf")).to(tl.float32)
+        at, col = block_of(start, first, V, PEEL, BLOCK)
+        if PEEL & (first + start + BLOCK <= V):
+            value = tl.load(tl.multiple_of(x + first, 16) + at).to(tl.float32)
+        else:
+            value = tl.load(x + col * x3, at < V, float("-inf")).to(tl.float32)
         top = tl.maximum(peak, tl.max(value, 0))
         base = tl.where(top == float("-inf"), 0, top)
         others = others * tl.exp(peak - base) + tl.where(col == label, 0, tl.exp(value - base))
         peak = top
         if SMOOTH:
-            total += tl.where(col < V, value, 0)
+            total += tl.where(at < V, value, 0)
     rest = tl.where(known, tl.sum(others, 0), float("nan"))
     own = tl.load(x + label * x3, known, 0).to(tl.float32)
     log_sum = tl.log(rest + tl.exp(own - peak))
@@ -65,10 +79,7 @@ def _forward(
     if Z:
         value += z_loss * (peak + log_sum) * (peak + log_sum)
     tl.store(loss + row, value)
-    tl.store(stats + 4 * row, peak)
-    tl.store(stats + 4 * row + 1, rest)
-    tl.store(stats + 4 * row + 2, own)
-    tl.store(stats + 4 * row + 3, 1.0)
+    _keep(stats + 4 * row, peak, rest, own, 1.0)
 
 
 @jit
@@ -92,21 +103,31 @@ def _reduce(loss, stats, given, out, denominator, T, COUNT: tl.constexpr, BLOCK:
 @jit
 def _backward(
     dloss, d0, d1, d2, x, x0, x1, x2, x3, target, t0, t1, t2, stats, denominator, dx, g0, g1, g2, g3,
-    smoothing, z_loss, B, C, V, SMOOTH: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr,
+    smoothing, z_loss, B, C, V,
+    SMOOTH: tl.constexpr, Z: tl.constexpr, STEP: tl.constexpr, PEEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program makes one block of one row; dx may be x, of which nothing else is read."""
+    V = even(V, STEP)
     across = tl.cdiv(V, BLOCK)
     row = tl.program_id(0).to(tl.int64) // across
-    col = tl.program_id(0).to(tl.int64) % across * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(0).to(tl.int64) % across * BLOCK
+    x += lead(row, B, C, x0, x1, x2, STEP)
+    dx += lead(row, B, C, g0, g1, g2, STEP)
+    first = start_of(x, PEEL)
+    whole = PEEL & (first + start + BLOCK <= V) & ((x.to(tl.int64) - dx.to(tl.int64)) % 16 == 0)
+    at, col = block_of(start, first, V, PEEL, BLOCK)
     peak = tl.load(stats + 4 * row)
     rest = tl.load(stats + 4 * row + 1)
     total = rest + tl.exp(tl.load(stats + 4 * row + 2) - peak)
     width = tl.where(tl.load(stats + 4 * row + 3) > 0, V, 0)  # nothing of a row that does not count is read
-    scale = tl.load(dloss + lead(row, B, C, d0, d1, d2)).to(tl.float32)
+    scale = tl.load(dloss + lead(row, B, C, d0, d1, d2, 1)).to(tl.float32)
     if denominator is not None:
         scale /= tl.load(denominator)
-    own = col == tl.load(target + lead(row, B, C, t0, t1, t2))
-    value = tl.load(x + lead(row, B, C, x0, x1, x2) + col * x3, col < width, 0).to(tl.float32)
+    own = col == tl.load(target + lead(row, B, C, t0, t1, t2, 1))
+    if whole & (width == V):
+        value = tl.load(tl.multiple_of(x + first, 16) + at).to(tl.float32)
+    else:
+        value = tl.load(x + col * x3, at < width, 0).to(tl.float32)
     inverse = tl.div_rn(1.0, total)
     share = tl.exp(value - peak) * inverse
     grad = tl.where(own, -rest * inverse, share)
@@ -114,8 +135,11 @@ def _backward(
         grad += share * (2 * z_loss * (peak + tl.log(total)))
     if SMOOTH:
         grad += tl.where(own, smoothing, 0) - smoothing / V
-    grad = tl.where(col < width, grad * scale, 0)
-    tl.store(dx + lead(row, B, C, g0, g1, g2) + col * g3, narrow(grad, dx.dtype.element_ty), col < V)
+    grad = narrow(tl.where(at < width, grad * scale, 0), dx.dtype.element_ty)
+    if whole:
+        tl.store(tl.multiple_of(dx + first, 16) + at, grad)
+    else:
+        tl.store(dx + col * g3, grad, at < V)
 
 
 def _kernel(
@@ -129,9 +153,11 @@ def _kernel(
     block = min(1 << max(V - 1, 127).bit_length(), 8192)
     for slab in slabs(logits, target.unsqueeze(-1), loss.unsqueeze(-1), stats):
         of_logits, (of_target, *to_target, _), (of_loss, *_), (of_stats, *_) = slab.tensors
+        peel = peels(V, block, of_logits)
         launch(
-            _forward, slab.rows, max(block // 1024, 1), *of_logits, of_target, *to_target, of_loss, of_stats,
-            ignore_index, smoothing, z_loss, slab.b, slab.c, V, SMOOTH=smoothing != 0, Z=z_loss != 0, BLOCK=block,
+            _forward, slab.rows, max(block // (512 if peel else 1024), 1), *of_logits, of_target, *to_target, of_loss,
+            of_stats, ignore_index, smoothing, z_loss, slab.b, slab.c, V, SMOOTH=smoothing != 0, Z=z_loss != 0,
+            STEP=step(V, of_logits), PEEL=peel, BLOCK=block,
         )  # fmt: skip
     if reduction != "none":
         launch(
@@ -176,10 +202,11 @@ def _fill(
     block = min(1 << max(V - 1, 127).bit_length(), 4096)
     for slab in slabs(dloss.expand(target.shape).unsqueeze(-1), logits, target.unsqueeze(-1), stats, dx):
         (of_dloss, *to_dloss, _), of_logits, (of_target, *to_target, _), (of_stats, *_), of_dx = slab.tensors
+        peel = peels(V, block, of_logits, of_dx)
         launch(
-            _backward, slab.rows * -(-V // block), max(block // 1024, 1), of_dloss, *to_dloss, *of_logits,
-            of_target, *to_target, of_stats, denominator, *of_dx, smoothing, z_loss, slab.b, slab.c, V,
-            SMOOTH=smoothing != 0, Z=z_loss != 0, BLOCK=block,
+            _backward, slab.rows * -(-V // block), max(block // (512 if peel else 1024), 1), of_dloss, *to_dloss,
+            *of_logits, of_target, *to_target, of_stats, denominator, *of_dx, smoothing, z_loss, slab.b, slab.c, V,
+            SMOOTH=smoothing != 0, Z=z_loss != 0, STEP=step(V, of_logits, of_dx), PEEL=peel, BLOCK=block,
         )  # fmt: skip
 
 
@@ -256,8 +283,8 @@ def cross_entropy(
     """
     if logits.shape[:-1] != target.shape:
         raise ConfigError(
-            f"logits are {tuple(logits.shape)}, so targets must be {tuple(logits.shape[:-1])}: "
-            f"they are {tuple(target.shape)}"
+            f"logits are {tuple(logits.shape)}, so targets must be {tuple(logits.shape[:-1])}: they are "
+            f"{tuple(target.shape)}"
         )
     check_reduction(reduction, denominator)
     options = (ignore_index, label_smoothing, z_loss, reduction, overwrite)

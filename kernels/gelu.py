@@ -12,8 +12,9 @@ from pipekern.errors import ConfigError
 
 from . import reference
 from .language import check_floats, constant, jit, launch, narrow, processors, tl
-from .layout import check_shapes, lead, pieces, place, slabs, sums, vector
+from .layout import check_shapes, even, lead, pieces, place, slabs, step, vector
 from .library import define
+from .partials import add_up, partials
 
 _SQRT_HALF = constant(0.5**0.5)
 _INV_SQRT_2PI = constant((2 * math.pi) ** -0.5)
@@ -23,10 +24,12 @@ _CUBIC = constant(0.044715 * 2 * (2 / math.pi) ** 0.5)
 
 @jit
 def _forward(
-    x, x0, x1, x2, x3, bias, b0, y, T, B, C, F, TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x, x0, x1, x2, x3, bias, b0, y, T, B, C, F,
+    TANH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    F = even(F, STEP)
     row, col, mask = place(T, F, ROWS, BLOCK)
-    v = tl.load(x + lead(row, B, C, x0, x1, x2) + col * x3, mask, 0).to(tl.float32)
+    v = tl.load(x + lead(row, B, C, x0, x1, x2, STEP) + col * x3, mask, 0).to(tl.float32)
     if bias is not None:
         v += tl.load(bias + col * b0, col < F, 0).to(tl.float32)
     if TANH:
@@ -50,9 +53,10 @@ def _slope(v, TANH: tl.constexpr):
 @jit
 def _backward(
     dy, d0, d1, d2, d3, x, x0, x1, x2, x3, bias, b0, dx, partial, T, B, C, F, GROUPS,
-    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TANH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (group, columns) makes every GROUPS-th tile of its columns, and sums its share of the bias's gradient."""
+    F = even(F, STEP)
     across = tl.cdiv(F, BLOCK)
     program = tl.program_id(0).to(tl.int64)
     col = program % across * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -60,8 +64,8 @@ def _backward(
     for start in range(program // across * ROWS, T, GROUPS * ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < T) & (col < F)
-        grad = tl.load(dy + lead(row, B, C, d0, d1, d2) + col * d3, mask, 0).to(tl.float32)
-        v = tl.load(x + lead(row, B, C, x0, x1, x2) + col * x3, mask, 0).to(tl.float32)
+        grad = tl.load(dy + lead(row, B, C, d0, d1, d2, STEP) + col * d3, mask, 0).to(tl.float32)
+        v = tl.load(x + lead(row, B, C, x0, x1, x2, STEP) + col * x3, mask, 0).to(tl.float32)
         if bias is not None:
             v += tl.load(bias + col * b0, col < F, 0).to(tl.float32)
         grad *= _slope(v, TANH)
@@ -79,7 +83,8 @@ def _kernel(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         of_x, (of_y, *_) = slab.tensors
         launch(
             _forward, -(-slab.rows // rows) * -(-x.shape[-1] // block), warps, *of_x, *vector(bias), of_y,
-            slab.rows, slab.b, slab.c, x.shape[-1], TANH=approximate == "tanh", ROWS=rows, BLOCK=block,
+            slab.rows, slab.b, slab.c, x.shape[-1], TANH=approximate == "tanh", STEP=step(x.shape[-1], of_x),
+            ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return y
 
@@ -93,19 +98,21 @@ def _backward_kernel(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: st
     dx, db = _backward_fake(dy, x, bias, approximate)
     rows, block, warps, _ = pieces(x.shape[-1])
     across = max(-(-x.shape[-1] // block), 1)
-    partials: list[Tensor] = []
+    parts: list[Tensor] = []
     for slab in slabs(dy, x, dx):
         of_dy, of_x, (of_dx, *_) = slab.tensors
         groups = -(-slab.rows // rows)
         if bias is not None:
             groups = min(groups, max(16 * processors(x) // across, 1))
-            partials.append(sums(x, groups, wide=False))
+            parts.append(partials(x, groups, 1, wide=False))
         launch(
-            _backward, groups * across, warps, *of_dy, *of_x, *vector(bias), of_dx,
-            partials[-1] if partials else None, slab.rows, slab.b, slab.c, x.shape[-1], groups,
-            TANH=approximate == "tanh", ROWS=rows, BLOCK=block,
+            _backward, groups * across, 2 * warps, *of_dy, *of_x, *vector(bias), of_dx,
+            parts[-1] if parts else None, slab.rows, slab.b, slab.c, x.shape[-1], groups,
+            TANH=approximate == "tanh", STEP=step(x.shape[-1], of_dy, of_x), ROWS=rows, BLOCK=block,
         )  # fmt: skip
-    return dx, db if bias is None else torch.cat(partials).sum(0).to(bias.dtype)
+    if bias is not None:
+        add_up(parts, db)
+    return dx, db
 
 
 def _backward_fake(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """LayerNorm: y = (h − mean) / sqrt(var + eps) · weight + bias over the last dimension, h = x or x + residual.
 
-Statistics in float32, the variance from centred values. Bytes an element in bfloat16, forward and backward: 4 and 6;
-with residual 8 and 8.
+Statistics in float32, the variance from centred values, whose own mean corrects both (Chan et al., 1983). Bytes an
+element in bfloat16, forward and backward: 4 and 6; with residual 8 and 8.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, processors, tl
-from .layout import added, check_shapes, finish, lead, slabs, sums, tile, vector
+from .layout import added, check_shapes, even, finish, lead, slabs, step, tile, vector
 from .library import define
+from .partials import add_up, partials
 
 
 @jit
@@ -29,16 +30,17 @@ def _write(y, weight, w0, bias, b0, value, at, mask):
 @jit
 def _forward(
     x, x0, x1, x2, x3, residual, r0, r1, r2, r3, weight, w0, bias, b0, y, h, stats, eps, T, B, C, H,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program makes ROWS rows. Their first block stays in registers; more blocks (WIDE) are read three times."""
+    H = even(H, STEP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     mask = (row < T) & (col < H)
-    x += lead(row, B, C, x0, x1, x2)
+    x += lead(row, B, C, x0, x1, x2, STEP)
     y += row * H
     if residual is not None:
-        residual += lead(row, B, C, r0, r1, r2)
+        residual += lead(row, B, C, r0, r1, r2, STEP)
         h += row * H
     first = added(x, x3, residual, r3, h, col, mask)
     total = first
@@ -47,13 +49,18 @@ def _forward(
             total += added(x, x3, residual, r3, h, start + col, (row < T) & (start + col < H))
     mean = tl.sum(total, 1)[:, None] / H
     first = tl.where(mask, first - mean, 0)
+    rest = first
     square = first * first
     if WIDE:
         for start in range(BLOCK, H, BLOCK):
             mask = (row < T) & (start + col < H)
             value = tl.where(mask, added(x, x3, residual, r3, h, start + col, mask) - mean, 0)
+            rest += value
             square += value * value
-    scale = tl.rsqrt(tl.sum(square, 1)[:, None] / H + eps)
+    shift = tl.sum(rest, 1)[:, None] / H  # what rounding left of the mean
+    scale = tl.rsqrt(tl.sum(square, 1)[:, None] / H - shift * shift + eps)
+    first -= shift
+    mean += shift
     tl.store(stats + 2 * row, mean, row < T)
     tl.store(stats + 2 * row + 1, scale, row < T)
     _write(y, weight, w0, bias, b0, first * scale, col, (row < T) & (col < H))
@@ -76,11 +83,26 @@ def _pair(dy, d3, h, h3, weight, w0, mean, scale, at, mask):
 
 
 @jit
+def _beyond(dy, d3, h, h3, weight, w0, mean, scale, partial, dot, shift, there, col, H, BLOCK: tl.constexpr):
+    """Sums of rows with what is beyond their first block, whose shares of gradients are added in ``partial``."""
+    for skip in range(BLOCK, H, BLOCK):
+        at = skip + col
+        grad, scaled, normal = _pair(dy, d3, h, h3, weight, w0, mean, scale, at, there & (at < H))
+        dot += tl.sum(scaled * normal, 1)[:, None]
+        shift += tl.sum(scaled, 1)[:, None]
+        if partial is not None:
+            tl.store(partial + at, tl.load(partial + at, at < H) + grad * normal, at < H)
+            tl.store(partial + H + at, tl.load(partial + H + at, at < H) + grad, at < H)
+    return dot, shift
+
+
+@jit
 def _backward(
     dy, d0, d1, d2, d3, dh, e0, e1, e2, e3, h, h0, h1, h2, h3, weight, w0, stats, dx, partial, T, B, C, H,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program makes every n-th tile and sums its share of the gradients of weight and bias in that order."""
+    H = even(H, STEP)
     col = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -89,12 +111,10 @@ def _backward(
     for start in range(tl.program_id(0).to(tl.int64) * ROWS, T, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < T) & (col < H)
-        of_dy = dy + lead(row, B, C, d0, d1, d2)
-        of_h = h + lead(row, B, C, h0, h1, h2)
+        of_dy = dy + lead(row, B, C, d0, d1, d2, STEP)
+        of_h = h + lead(row, B, C, h0, h1, h2, STEP)
         of_dx = dx + row * H
-        of_dh = dh
-        if dh is not None:
-            of_dh = dh + lead(row, B, C, e0, e1, e2)
+        of_dh = None if dh is None else dh + lead(row, B, C, e0, e1, e2, STEP)
         mean = tl.load(stats + 2 * row, row < T, 0)
         scale = tl.load(stats + 2 * row + 1, row < T, 0)
         grad, scaled, normal = _pair(of_dy, d3, of_h, h3, weight, w0, mean, scale, col, mask)
@@ -103,14 +123,9 @@ def _backward(
         dw += grad * normal
         db += grad
         if WIDE:
-            for skip in range(BLOCK, H, BLOCK):
-                at = skip + col
-                g, s, n = _pair(of_dy, d3, of_h, h3, weight, w0, mean, scale, at, (row < T) & (at < H))
-                dot += tl.sum(s * n, 1)[:, None]
-                shift += tl.sum(s, 1)[:, None]
-                if partial is not None:
-                    tl.store(partial + at, tl.load(partial + at, at < H) + g * n, at < H)
-                    tl.store(partial + H + at, tl.load(partial + H + at, at < H) + g, at < H)
+            dot, shift = _beyond(
+                of_dy, d3, of_h, h3, weight, w0, mean, scale, partial, dot, shift, row < T, col, H, BLOCK
+            )
         dot /= H
         shift /= H
         finish(of_dx, of_dh, e3, (scaled - shift - normal * dot) * scale, col, mask)
@@ -118,7 +133,7 @@ def _backward(
             for skip in range(BLOCK, H, BLOCK):
                 at = skip + col
                 mask = (row < T) & (at < H)
-                g, s, n = _pair(of_dy, d3, of_h, h3, weight, w0, mean, scale, at, mask)
+                _, s, n = _pair(of_dy, d3, of_h, h3, weight, w0, mean, scale, at, mask)
                 finish(of_dx, of_dh, e3, (s - shift - n * dot) * scale, at, mask)
     if partial is not None:
         tl.store(partial + col, tl.sum(dw, 0)[None, :], col < H)
@@ -135,7 +150,8 @@ def _kernel(
         of_x, of_residual, (of_y, *_), (of_h, *_), (of_stats, *_) = slab.tensors
         launch(
             _forward, -(-slab.rows // rows), warps, *of_x, *of_residual, *vector(weight), *vector(bias), of_y, of_h,
-            of_stats, eps, slab.rows, slab.b, slab.c, x.shape[-1], ROWS=rows, BLOCK=block, WIDE=wide,
+            of_stats, eps, slab.rows, slab.b, slab.c, x.shape[-1],
+            STEP=step(x.shape[-1], of_x, of_residual), ROWS=rows, BLOCK=block, WIDE=wide,
         )  # fmt: skip
     return y, h, stats
 
@@ -157,21 +173,19 @@ def _backward_kernel(
     check_floats(dy=dy, dh=dh)
     dx, dw, db = _backward_fake(dy, dh, h, weight, bias, stats)
     rows, block, warps, wide = tile(h.shape[-1], per_thread=16, most=8192)
-    partials: list[Tensor] = []
+    parts: list[Tensor] = []
     for slab in slabs(dy, dh, h, stats, dx):
         of_dy, of_dh, of_h, (of_stats, *_), (of_dx, *_) = slab.tensors
         programs = min(-(-slab.rows // rows), processors(h) * max(32 // warps, 1))
         if weight is not None or bias is not None:
-            partials.append(sums(h, 2 * programs, wide))
+            parts.append(partials(h, programs, 2, wide))
         launch(
             _backward, programs, warps, *of_dy, *of_dh, *of_h, *vector(weight), of_stats, of_dx,
-            partials[-1] if partials else None, slab.rows, slab.b, slab.c, h.shape[-1],
-            ROWS=rows, BLOCK=block, WIDE=wide,
+            parts[-1] if parts else None, slab.rows, slab.b, slab.c, h.shape[-1],
+            STEP=step(h.shape[-1], of_dy, of_dh, of_h), ROWS=rows, BLOCK=block, WIDE=wide,
         )  # fmt: skip
     if weight is not None or bias is not None:
-        total = torch.cat(partials).unflatten(0, (-1, 2)).sum(0)
-        dw = dw if weight is None else total[0].to(weight.dtype, copy=True)
-        db = db if bias is None else total[1].to(bias.dtype, copy=True)
+        add_up(parts, None if weight is None else dw, None if bias is None else db)
     return dx, dw, db
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from pipekern.errors import ConfigError
@@ -31,6 +31,10 @@ def slabs(*tensors: Tensor | None) -> Iterator[Slab]:
     dimensions are left: then one for each step of the first.
     """
     there = [t for t in tensors if t is not None]
+    if all(t.is_contiguous() for t in there):
+        rows = math.prod(there[0].shape[:-1])
+        yield Slab(rows, 1, 1, [(t, 0, 0, 0, 0) if t is None else (t, t.shape[-1], 0, 0, 1) for t in tensors])
+        return
     merged = _merge(there)
     if len(merged) > 3:
         for parts in zip(*(t.unbind() for t in there), strict=True):
@@ -97,16 +101,26 @@ def vector(weight: Tensor | None) -> tuple[Tensor | None, int]:
     return (None, 0) if weight is None else (weight, weight.stride(0))
 
 
-def sums(like: Tensor, programs: int, wide: bool) -> Tensor:
-    """Memory for a sum over rows a program: [programs, columns], float32; zeros where programs add to it."""
-    return (torch.zeros if wide else torch.empty)((programs, like.shape[-1]), dtype=torch.float32, device=like.device)
+def step(columns: int, *placed: Sequence[Any]) -> int:
+    """What divides the rows' length and all strides of ``placed`` (tensor, strides) but the last, up to 16.
+
+    So many elements can be read at a time. Triton itself finds out no more than whether 16 divides a number, and 8
+    bfloat16 elements fill a 16-byte load.
+    """
+    return math.gcd(columns, *(stride for _, *leading, _ in placed for stride in leading), 16)
 
 
 @jit
-def lead(row, b, c, s0, s1, s2):
-    """The offset of a row; sizes of 1 cost nothing, for Triton compiles them in."""
+def even(value, STEP: tl.constexpr):
+    """``value``, which STEP divides, in a form from which the compiler sees it."""
+    return value // STEP * STEP
+
+
+@jit
+def lead(row, b, c, s0, s1, s2, STEP: tl.constexpr):
+    """The offset of a row, which STEP divides; sizes of 1 cost nothing, for Triton compiles them in."""
     outer = row // c
-    return (outer // b) * s0 + (outer % b) * s1 + (row % c) * s2
+    return even((outer // b) * s0 + (outer % b) * s1 + (row % c) * s2, STEP)
 
 
 @jit

@@ -31,6 +31,14 @@ def _chunk(tokens: int, vocabulary: int, itemsize: int) -> int:
     return min(most, max(-(-tokens // (count * 128)), 1) * 128)
 
 
+def _denominator(labels: Tensor, given: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
+    if given is not None:
+        return given.reshape(())
+    if reduction == "mean":
+        return (labels != ignore_index).sum().clamp(min=1)
+    return torch.ones((), device=labels.device)
+
+
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, given: Tensor | None, grad_scale: Tensor | None,
     main_grad: Tensor | None, ignore_index: int, smoothing: float, z_loss: float, reduction: str, needs: list[bool],
@@ -40,16 +48,12 @@ def _run(
     )
     loss, by, dx, dw, db = outputs
     rows, labels, gradients = x.reshape(-1, x.shape[-1]), target.reshape(-1), dx.view(-1, x.shape[-1])
-    if given is not None:
-        by.copy_(given.reshape(()))
-    elif reduction == "mean":
-        by.copy_((labels != ignore_index).sum().clamp(min=1))
-    else:
-        by.fill_(1)
+    by.copy_(_denominator(labels, given, ignore_index, reduction))
     scale = torch.ones_like(by) if main_grad is None else (1 if grad_scale is None else grad_scale.reshape(())) / by
     losses = loss.new_empty(labels.shape)
-    chunk = _chunk(len(rows), len(weight), x.element_size())
-    scratch = x.new_empty(min(chunk, len(rows)), len(weight))
+    stride = -(-len(weight) // 16) * 16  # of aligned rows, for the products and for the kernels
+    chunk = _chunk(len(rows), stride, x.element_size())
+    scratch = x.new_empty(min(chunk, len(rows)), stride)[:, : len(weight)]
     db.zero_()
     if not len(rows):
         dw.zero_()

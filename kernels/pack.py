@@ -16,7 +16,7 @@ from pipekern.errors import ConfigError
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, tl
-from .layout import lead, slabs
+from .layout import even, lead, slabs, step
 from .library import define
 
 GROUP = 128
@@ -55,10 +55,14 @@ def _tile(T, C, ROWS: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @jit
-def _pack(x, x0, x1, x2, x3, values, scales, T, A, B, C, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+def _pack(
+    x, x0, x1, x2, x3, values, scales, T, A, B, C,
+    STEP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    C = even(C, STEP)
     row, group, col = _tile(T, C, ROWS, GROUPS)
     mask = (row < T) & (col < C)
-    value = tl.load(x + lead(row, A, B, x0, x1, x2) + col * x3, mask, 0).to(tl.float32)
+    value = tl.load(x + lead(row, A, B, x0, x1, x2, STEP) + col * x3, mask, 0).to(tl.float32)
     if scales is not None:
         finite = tl.abs(value) < float("inf")
         top = tl.max(tl.where(finite, tl.abs(value), float("inf")), 2, keep_dims=True)
@@ -71,14 +75,16 @@ def _pack(x, x0, x1, x2, x3, values, scales, T, A, B, C, ROWS: tl.constexpr, GRO
 
 @jit
 def _unpack(
-    values, scales, x, x0, x1, x2, x3, T, A, B, C, ADD: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr
+    values, scales, x, x0, x1, x2, x3, T, A, B, C,
+    ADD: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    C = even(C, STEP)
     row, group, col = _tile(T, C, ROWS, GROUPS)
     mask = (row < T) & (col < C)
     value = tl.load(values + row * C + col, mask, 0.0).to(tl.float32)
     if scales is not None:
         value *= tl.load(scales + row * tl.cdiv(C, 128) + group, (row < T) & (group * 128 < C), 0)
-    x += lead(row, A, B, x0, x1, x2) + col * x3
+    x += lead(row, A, B, x0, x1, x2, STEP) + col * x3
     if ADD:
         value += tl.load(x, mask, 0).to(tl.float32)
     tl.store(x, narrow(value, x.dtype.element_ty), mask)
@@ -108,7 +114,7 @@ def _run(kernel: object, slot: Tensor, x: Tensor, float8: bool, **constants: boo
         order = (*of_x, *here) if kernel is _pack else (*here, *of_x)
         launch(
             kernel, -(-slab.rows // tile_rows) * across, 4, *order, slab.rows, slab.b, slab.c, columns,
-            **constants, ROWS=tile_rows, GROUPS=groups,
+            **constants, STEP=step(columns, of_x), ROWS=tile_rows, GROUPS=groups,
         )  # fmt: skip
         done += slab.rows
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, processors, tl
-from .layout import added, check_shapes, finish, lead, slabs, sums, tile, vector
+from .layout import added, check_shapes, even, finish, lead, slabs, step, tile, vector
 from .library import define
+from .partials import add_up, partials
 
 
 @jit
@@ -26,16 +27,17 @@ def _write(y, weight, w0, value, at, mask):
 @jit
 def _forward(
     x, x0, x1, x2, x3, residual, r0, r1, r2, r3, weight, w0, y, h, rstd, eps, T, B, C, H,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program makes ROWS rows. Their first block stays in registers; more blocks (WIDE) are read twice."""
+    H = even(H, STEP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     mask = (row < T) & (col < H)
-    x += lead(row, B, C, x0, x1, x2)
+    x += lead(row, B, C, x0, x1, x2, STEP)
     y += row * H
     if residual is not None:
-        residual += lead(row, B, C, r0, r1, r2)
+        residual += lead(row, B, C, r0, r1, r2, STEP)
         h += row * H
     first = added(x, x3, residual, r3, h, col, mask)
     square = first * first
@@ -67,9 +69,10 @@ def _pair(dy, d3, h, h3, weight, w0, scale, at, mask):
 @jit
 def _backward(
     dy, d0, d1, d2, d3, dh, e0, e1, e2, e3, h, h0, h1, h2, h3, weight, w0, rstd, dx, partial, T, B, C, H,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program makes every n-th tile and sums its share of the weight's gradient in that order."""
+    H = even(H, STEP)
     col = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     if weight is not None:
@@ -77,12 +80,10 @@ def _backward(
     for start in range(tl.program_id(0).to(tl.int64) * ROWS, T, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < T) & (col < H)
-        of_dy = dy + lead(row, B, C, d0, d1, d2)
-        of_h = h + lead(row, B, C, h0, h1, h2)
+        of_dy = dy + lead(row, B, C, d0, d1, d2, STEP)
+        of_h = h + lead(row, B, C, h0, h1, h2, STEP)
         of_dx = dx + row * H
-        of_dh = dh
-        if dh is not None:
-            of_dh = dh + lead(row, B, C, e0, e1, e2)
+        of_dh = None if dh is None else dh + lead(row, B, C, e0, e1, e2, STEP)
         scale = tl.load(rstd + row, row < T, 0)
         grad, normal, product = _pair(of_dy, d3, of_h, h3, weight, w0, scale, col, mask)
         dot = tl.sum(grad * normal, 1)[:, None]
@@ -114,7 +115,8 @@ def _kernel(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: floa
         of_x, of_residual, (of_y, *_), (of_h, *_), (of_rstd, *_) = slab.tensors
         launch(
             _forward, -(-slab.rows // rows), warps, *of_x, *of_residual, *vector(weight), of_y, of_h, of_rstd, eps,
-            slab.rows, slab.b, slab.c, x.shape[-1], ROWS=rows, BLOCK=block, WIDE=wide,
+            slab.rows, slab.b, slab.c, x.shape[-1],
+            STEP=step(x.shape[-1], of_x, of_residual), ROWS=rows, BLOCK=block, WIDE=wide,
         )  # fmt: skip
     return y, h, rstd
 
@@ -134,19 +136,19 @@ def _backward_kernel(
     check_floats(dy=dy, dh=dh)
     dx, dw = _backward_fake(dy, dh, h, weight, rstd)
     rows, block, warps, wide = tile(h.shape[-1], per_thread=16, most=8192)
-    partials: list[Tensor] = []
+    parts: list[Tensor] = []
     for slab in slabs(dy, dh, h, rstd, dx):
         of_dy, of_dh, of_h, (of_rstd, *_), (of_dx, *_) = slab.tensors
         programs = min(-(-slab.rows // rows), processors(h) * max(32 // warps, 1))
         if weight is not None:
-            partials.append(sums(h, programs, wide))
+            parts.append(partials(h, programs, 1, wide))
         launch(
             _backward, programs, warps, *of_dy, *of_dh, *of_h, *vector(weight), of_rstd, of_dx,
-            partials[-1] if partials else None, slab.rows, slab.b, slab.c, h.shape[-1],
-            ROWS=rows, BLOCK=block, WIDE=wide,
+            parts[-1] if parts else None, slab.rows, slab.b, slab.c, h.shape[-1],
+            STEP=step(h.shape[-1], of_dy, of_dh, of_h), ROWS=rows, BLOCK=block, WIDE=wide,
         )  # fmt: skip
     if weight is not None:
-        dw = torch.cat(partials).sum(0).to(weight.dtype)
+        add_up(parts, dw)
     return dx, dw
 
 

@@ -15,20 +15,21 @@ from pipekern.errors import ConfigError
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, tl
+from .layout import even, step
 from .library import define
 
 
 @jit
 def _heads(
     x, x2, x3, y, y2, y3, heads, D, HALF, cos, sin,
-    NEIGHBOURS: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Turn all heads of one position."""
     pair = tl.arange(0, PAIRS)[None, :].to(tl.int64)
     for first in range(0, heads, HEADS):
         head = (first + tl.arange(0, HEADS)[:, None]).to(tl.int64)
-        source = x + head * x2
-        out = y + head * y2
+        source = x + even(head * x2, STEP)
+        out = y + even(head * y2, STEP)
         if NEIGHBOURS:
             at = tl.arange(0, 2 * PAIRS)[None, :].to(tl.int64)
             mask = (head < heads) & (at < 2 * HALF)
@@ -52,22 +53,24 @@ def _heads(
 def _turn(
     q, q0, q1, q2, q3, of_q, u0, u1, u2, u3, k, k0, k1, k2, k3, of_k, v0, v1, v2, v3,
     cos, c0, c1, c2, sin, s0, s1, s2, S, q_heads, k_heads, D, HALF,
-    INVERSE: tl.constexpr, NEIGHBOURS: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    INVERSE: tl.constexpr, NEIGHBOURS: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A program makes all heads of one position of one sample, so that its angles are read once."""
+    HALF = even(HALF, STEP)
     batch = tl.program_id(0).to(tl.int64) // S
     time = tl.program_id(0).to(tl.int64) % S
     pair = tl.arange(0, PAIRS)[None, :].to(tl.int64)
-    c = tl.load(cos + batch * c0 + time * c1 + pair * c2, pair < HALF, 0).to(tl.float32)
-    s = tl.load(sin + batch * s0 + time * s1 + pair * s2, pair < HALF, 0).to(tl.float32)
+    c = tl.load(cos + even(batch * c0 + time * c1, STEP) + pair * c2, pair < HALF, 0).to(tl.float32)
+    s = tl.load(sin + even(batch * s0 + time * s1, STEP) + pair * s2, pair < HALF, 0).to(tl.float32)
     if INVERSE:
         s = -s
-    q += batch * q0 + time * q1
-    of_q += batch * u0 + time * u1
-    _heads(q, q2, q3, of_q, u2, u3, q_heads, D, HALF, c, s, NEIGHBOURS, REST, HEADS, PAIRS)
-    k += batch * k0 + time * k1
-    of_k += batch * v0 + time * v1
-    _heads(k, k2, k3, of_k, v2, v3, k_heads, D, HALF, c, s, NEIGHBOURS, REST, HEADS, PAIRS)
+    q += even(batch * q0 + time * q1, STEP)
+    of_q += even(batch * u0 + time * u1, STEP)
+    _heads(q, q2, q3, of_q, u2, u3, q_heads, D, HALF, c, s, NEIGHBOURS, REST, STEP, HEADS, PAIRS)
+    k += even(batch * k0 + time * k1, STEP)
+    of_k += even(batch * v0 + time * v1, STEP)
+    _heads(k, k2, k3, of_k, v2, v3, k_heads, D, HALF, c, s, NEIGHBOURS, REST, STEP, HEADS, PAIRS)
 
 
 def _run(
@@ -79,11 +82,12 @@ def _run(
     cos, sin = cos.expand(B, S, half), sin.expand(B, S, half)
     pairs = 1 << max(half - 1, 0).bit_length()
     heads = min(1 << (q_heads - 1).bit_length(), max(2048 // pairs, 1))
+    placed = [(t, *t.stride()) for t in (q, of_q, k, of_k, cos, sin)]
     launch(
         _turn, B * S, max(1, min(heads * pairs // 512, 16)),
-        q, *q.stride(), of_q, *of_q.stride(), k, *k.stride(), of_k, *of_k.stride(),
-        cos, *cos.stride(), sin, *sin.stride(), S, q_heads, k.shape[2], D, half,
-        INVERSE=inverse, NEIGHBOURS=neighbours, REST=2 * half < D and of_q is not q, HEADS=heads, PAIRS=pairs,
+        *(value for tensor in placed for value in tensor), S, q_heads, k.shape[2], D, half,
+        INVERSE=inverse, NEIGHBOURS=neighbours, REST=2 * half < D and of_q is not q,
+        STEP=step(half, *placed), HEADS=heads, PAIRS=pairs,
     )  # fmt: skip
 
 

@@ -14,29 +14,31 @@ from pipekern.errors import ConfigError
 
 from . import reference
 from .language import check_floats, jit, launch, narrow, tl
-from .layout import lead, pieces, place, slabs
+from .layout import even, lead, pieces, place, slabs, step
 from .library import define
 
 
 @jit
 def _forward(
-    gate, g0, g1, g2, g3, up, u0, u1, u2, u3, y, T, B, C, F, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    gate, g0, g1, g2, g3, up, u0, u1, u2, u3, y, T, B, C, F, STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    F = even(F, STEP)
     row, col, mask = place(T, F, ROWS, BLOCK)
-    g = tl.load(gate + lead(row, B, C, g0, g1, g2) + col * g3, mask, 0).to(tl.float32)
-    u = tl.load(up + lead(row, B, C, u0, u1, u2) + col * u3, mask, 0).to(tl.float32)
+    g = tl.load(gate + lead(row, B, C, g0, g1, g2, STEP) + col * g3, mask, 0).to(tl.float32)
+    u = tl.load(up + lead(row, B, C, u0, u1, u2, STEP) + col * u3, mask, 0).to(tl.float32)
     tl.store(y + row * F + col, narrow(g * tl.sigmoid(g) * u, y.dtype.element_ty), mask)
 
 
 @jit
 def _backward(
     dy, d0, d1, d2, d3, gate, g0, g1, g2, g3, up, u0, u1, u2, u3, dx, T, B, C, F,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    F = even(F, STEP)
     row, col, mask = place(T, F, ROWS, BLOCK)
-    d = tl.load(dy + lead(row, B, C, d0, d1, d2) + col * d3, mask, 0).to(tl.float32)
-    g = tl.load(gate + lead(row, B, C, g0, g1, g2) + col * g3, mask, 0).to(tl.float32)
-    u = tl.load(up + lead(row, B, C, u0, u1, u2) + col * u3, mask, 0).to(tl.float32)
+    d = tl.load(dy + lead(row, B, C, d0, d1, d2, STEP) + col * d3, mask, 0).to(tl.float32)
+    g = tl.load(gate + lead(row, B, C, g0, g1, g2, STEP) + col * g3, mask, 0).to(tl.float32)
+    u = tl.load(up + lead(row, B, C, u0, u1, u2, STEP) + col * u3, mask, 0).to(tl.float32)
     s = tl.sigmoid(g)
     dx += row * 2 * F + col
     tl.store(dx, narrow(d * u * s * (1 + g * (1 - s)), dx.dtype.element_ty), mask)
@@ -55,7 +57,7 @@ def _kernel(gate: Tensor, up: Tensor | None) -> Tensor:
         of_gate, of_up, (of_y, *_) = slab.tensors
         launch(
             _forward, -(-slab.rows // rows) * -(-y.shape[-1] // block), warps, *of_gate, *of_up, of_y,
-            slab.rows, slab.b, slab.c, y.shape[-1], ROWS=rows, BLOCK=block,
+            slab.rows, slab.b, slab.c, y.shape[-1], STEP=step(y.shape[-1], of_gate, of_up), ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return y
 
@@ -72,7 +74,8 @@ def _backward_kernel(dy: Tensor, gate: Tensor, up: Tensor | None) -> Tensor:
         of_dy, of_gate, of_up, (of_dx, *_) = slab.tensors
         launch(
             _backward, -(-slab.rows // rows) * -(-dy.shape[-1] // block), warps, *of_dy, *of_gate, *of_up, of_dx,
-            slab.rows, slab.b, slab.c, dy.shape[-1], ROWS=rows, BLOCK=block,
+            slab.rows, slab.b, slab.c, dy.shape[-1], STEP=step(dy.shape[-1], of_dy, of_gate, of_up),
+            ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return dx
 

@@ -24,7 +24,7 @@ from pipekern.errors import (
 )
 
 if TYPE_CHECKING:
-    from pipekern import nn, plan, schedule, trace
+    from pipekern import nn, optim, plan, schedule, trace
     from pipekern.runtime.pipeline import Pipeline
     from pipekern.runtime.profile import LayerCosts, profile
     from pipekern.runtime.verify import verify
@@ -51,6 +51,7 @@ __all__ = [
     "TransportTimeout",
     "__version__",
     "nn",
+    "optim",
     "plan",
     "profile",
     "schedule",
@@ -71,7 +72,7 @@ def __getattr__(name: str) -> Any:
     }
     if name in homes:
         value = getattr(import_module(homes[name]), name)
-    elif name in ("nn", "plan", "schedule", "trace"):
+    elif name in ("nn", "optim", "plan", "schedule", "trace"):
         value = import_module(f"pipekern.{name}")
     else:
         raise AttributeError(f"module 'pipekern' has no attribute {name!r}")

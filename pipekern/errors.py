@@ -25,7 +25,7 @@ class NumericsError(PipekernError):
 
 
 class CheckpointError(PipekernError):
-    """A checkpoint that cannot be written or read."""
+    """A checkpoint that cannot be written or read: said on all ranks, and nothing has changed."""
 
 
 class TransportError(PipekernError):

@@ -1,8 +1,9 @@
-"""What the benchmark asks of every pipeline, and the list of all of them."""
+"""What the benchmark asks of every pipeline, and where those of each library are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
@@ -28,24 +29,26 @@ class Running(Protocol):
 
 
 class Contender(NamedTuple):
-    """A way to run a case: ``start`` is called on every rank."""
+    """A way to run a case."""
 
     library: str
     schedule: str
     stages: int
-    start: Callable[[Case], Running]
 
     def __str__(self) -> str:
         return f"{self.library} {self.schedule}"
 
 
-def contenders() -> list[Contender]:
-    """Every contender that is installed; two ranks."""
-    from benchmarks.pipelines import ours, torch_pipelining
+Start = Callable[[Case], Running]  # called on every rank
 
-    found = [*ours.contenders(), *torch_pipelining.contenders()]
-    if find_spec("deepspeed") is not None:
-        from benchmarks.pipelines import deepspeed_pipe
 
-        found.extend(deepspeed_pipe.contenders())
+def libraries() -> list[str]:
+    """Every library that is installed."""
+    return ["pipekern", "torch", *(["DeepSpeed"] if find_spec("deepspeed") else [])]
+
+
+def contenders(library: str) -> dict[Contender, Start]:
+    """Those of one library, which is imported; two ranks."""
+    folder = {"pipekern": "ours", "torch": "torch_pipelining", "DeepSpeed": "deepspeed_pipe"}
+    found: dict[Contender, Start] = import_module(f"benchmarks.pipelines.{folder[library]}").contenders()
     return found

@@ -12,7 +12,7 @@ import torch
 from deepspeed.pipe import PipelineModule
 
 from benchmarks.pipelines.case import Case
-from benchmarks.pipelines.contender import Contender
+from benchmarks.pipelines.contender import Contender, Start
 
 
 class DeepSpeed:
@@ -56,6 +56,6 @@ class DeepSpeed:
         self._engine.destroy()
 
 
-def contenders() -> list[Contender]:
+def contenders() -> dict[Contender, Start]:
     """One."""
-    return [Contender("DeepSpeed", "PipelineModule", 2, DeepSpeed)]
+    return {Contender("DeepSpeed", "PipelineModule", 2): DeepSpeed}

@@ -8,7 +8,7 @@ import torch
 
 import pipekern as pk
 from benchmarks.pipelines.case import Case
-from benchmarks.pipelines.contender import Contender
+from benchmarks.pipelines.contender import Contender, Start
 from pipekern.trace.timeline import Timeline
 
 RANKS = 2
@@ -56,12 +56,12 @@ class Ours:
         self._pipe.close()
 
 
-def contenders() -> list[Contender]:
+def contenders() -> dict[Contender, Start]:
     """Schedules that the runtime executes, interleaved ones with 2 and 4 chunks a rank."""
     grid = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-h2", 1)]
     grid += [("interleaved-1f1b", 2), ("interleaved-1f1b", 4), ("looped-bfs", 2), ("zb-v", 2), ("v-half", 2)]
     grid += [("zb-interleaved", 2), ("zb-interleaved", 4)]
-    return [
-        Contender("pipekern", name if chunks == 1 else f"{name} ×{chunks}", RANKS * chunks, partial(Ours, name, chunks))
+    return {
+        Contender("pipekern", name if chunks == 1 else f"{name} ×{chunks}", RANKS * chunks): partial(Ours, name, chunks)
         for name, chunks in grid
-    ]
+    }

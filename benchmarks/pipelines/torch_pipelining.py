@@ -11,7 +11,7 @@ from torch.distributed import pipelining
 from torch.distributed.pipelining import PipelineStage
 
 from benchmarks.pipelines.case import Case
-from benchmarks.pipelines.contender import Contender
+from benchmarks.pipelines.contender import Contender, Start
 
 SINGLE = ("ScheduleGPipe", "Schedule1F1B")
 LOOPED = ("ScheduleInterleaved1F1B", "ScheduleLoopedBFS", "ScheduleInterleavedZeroBubble")
@@ -55,17 +55,14 @@ def _placed(name: str, stages: int) -> list[list[int]]:
     return [list(range(rank, stages, 2)) for rank in range(2)]
 
 
-def contenders() -> list[Contender]:
+def contenders() -> dict[Contender, Start]:
     """All schedules that torch exports; the looped ones with 2 and 4 stages a rank, as ours."""
     grid = [(name, 2) for name in SINGLE]
     grid += [(name, stages) for name in LOOPED for stages in (4, 8)]
     grid += [(name, 4) for name in V_SHAPED]
-    return [
-        Contender(
-            "torch",
-            name.removeprefix("Schedule") + (f" ×{stages // 2}" if stages > 2 else ""),
-            stages,
-            partial(TorchPipelining, name, stages),
+    return {
+        Contender("torch", name.removeprefix("Schedule") + (f" ×{stages // 2}" if stages > 2 else ""), stages): partial(
+            TorchPipelining, name, stages
         )
         for name, stages in grid
-    ]
+    }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def statistics(x: Tensor) -> torch.dtype:
     """The dtype in which ``x`` is summed."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,8 +36,11 @@ def layer_norm(
     h = x if residual is None else x + residual
     wide = h.to(statistics(x))
     mean = wide.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
-    y = (wide - mean) * rstd
+    centred = wide - mean
+    shift = centred.mean(-1, keepdim=True)  # what rounding left of the mean
+    mean, centred = mean + shift, centred - shift
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = centred * rstd
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     stats = torch.cat((mean, rstd), -1).contiguous()

@@ -40,7 +40,7 @@ def adamw_step(
     taken = int(progress[0])
     factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     norm = 0.0 if stats is None else math.sqrt(float(stats[:, 0].sum())) * factor
-    finite = stats is None or not stats[:, 1].any()
+    finite = stats is None or (math.isfinite(norm) and not stats[:, 1].any())
     for i, (param, grad, mean, square) in enumerate(zip(params, grads, means, squares, strict=True)):
         if finite:
             group = hyper[int(rows[i, 2])].tolist()

@@ -6,13 +6,15 @@ import argparse
 
 from pipekern.schedule.simulate import Cost, Costs
 
-_DEFAULTS = {"forward": 1, "backward": 1, "weight": 1, "comm": 0, "pair": None}
+_DEFAULTS = {"forward": 1, "backward": 1, "weight": 1, "comm": 0, "pair": None, "gather": 0, "reduce": 0}
 _HELP = {
     "forward": "F",
     "backward": "B, the input gradient",
     "weight": "W, the weight gradient",
     "comm": "latency of a message; a list has one a pair of neighbouring stages",
     "pair": "an overlapped F and BW; default: their sum",
+    "gather": "fetching the values of its share from replicas (ZeRO), beside its work",
+    "reduce": "summing the gradients of its share over replicas, beside its work",
 }
 
 
@@ -36,8 +38,8 @@ def add_costs(parser: argparse.ArgumentParser, *more: str) -> None:
 
 def costs_of(args: argparse.Namespace) -> Costs:
     """The costs that the options give; raises ``ConfigError``."""
-    pair = getattr(args, "pair", None)
-    return Costs(args.forward, args.backward, args.weight, comm=args.comm, kept=args.kept, pair=pair)
+    more = {name: getattr(args, name) for name in ("pair", "gather", "reduce") if hasattr(args, name)}
+    return Costs(args.forward, args.backward, args.weight, comm=args.comm, kept=args.kept, **more)
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipekern.errors import ConfigError
+from pipekern.plan.offload import Offload
 from pipekern.schedule import torch_csv
 from pipekern.schedule.ir import Schedule
 from pipekern.schedule.simulate import Costs
@@ -35,9 +36,9 @@ def write(timeline: Timeline, path: Path, title: str) -> None:
         raise ConfigError(f"{path.name!r} ends in neither {', '.join(FORMATS)} (picture) nor .json (Chrome trace)")
 
 
-def write_picture(schedule: Schedule, costs: Costs, path: Path, limit: float | None = None) -> None:
+def write_picture(offload: Offload, costs: Costs, path: Path, limit: float | None = None) -> None:
     """The simulated timeline and below it what every rank holds, with the ``limit`` as a line."""
-    timeline = schedule.simulate(costs)
+    schedule, timeline = offload.schedule, offload.simulate(costs)
     shares = [Fraction(1, schedule.share(stage) * schedule.slices) for stage in range(schedule.stages)]
     memory.draw(timeline, memory.curves(timeline, shares, costs.kept), path, title(schedule), limit)
 

@@ -51,6 +51,8 @@ def add(commands: Any) -> None:
         "--schedules", type=_words, metavar="NAME,…", help="to choose from (default: all that can be run)"
     )
     parser.add_argument("--precision", choices=("mixed", "float32"), default="mixed")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="data-parallel, each on such a cluster")
+    parser.add_argument("--zero", type=int, choices=range(4), default=0, help="what replicas share out")
     parser.add_argument("--order", choices=("fixed", "any"), default="fixed", help="whether devices may be rearranged")
     parser.add_argument("--overhead", type=float, default=0.0, metavar="µs", help="of an action, besides its layers")
     parser.add_argument("--json", action="store_true")
@@ -65,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
         samples=args.samples,
         microbatches=args.microbatches,
         schedules=args.schedules,
-        bytes_each=MIXED if args.precision == "mixed" else FLOAT32,
+        bytes_each=(MIXED if args.precision == "mixed" else FLOAT32).over(args.replicas, args.zero),
         order=args.order,
         overhead=args.overhead,
     )

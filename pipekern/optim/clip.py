@@ -21,8 +21,8 @@ def _norm(grad: torch.Tensor, norm_type: float) -> float:
 
 def total_norm(rows: Iterable[torch.Tensor], norm_type: float) -> tuple[torch.Tensor, int]:
     """The norm over all :func:`partials`, summed in the order of their indices (0-d float64), and the index of the
-    first
-    that is not finite, -1 where all are."""
+    first that is not finite, -1 where all are.
+    """
     table = torch.cat(list(rows))
     table = table[table[:, 0].argsort()]
     bad = (~torch.isfinite(table[:, 1])).nonzero()

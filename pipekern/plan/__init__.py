@@ -6,6 +6,7 @@ from pipekern.plan.codec import choose_codec
 from pipekern.plan.cost import Estimated, Layer, Measured, Work, measured, transformer
 from pipekern.plan.fit import Plan, fit
 from pipekern.plan.memory import FLOAT32, MIXED, ParameterBytes, RankMemory
+from pipekern.plan.offload import Offload, Trip, choose_offload, offload_share
 from pipekern.plan.partition import Partition, StageMemory, partition, partition_types
 
 __all__ = [
@@ -18,16 +19,20 @@ __all__ = [
     "Layer",
     "Link",
     "Measured",
+    "Offload",
     "ParameterBytes",
     "Partition",
     "Plan",
     "RankMemory",
     "StageMemory",
+    "Trip",
     "Work",
     "choose",
     "choose_codec",
+    "choose_offload",
     "fit",
     "measured",
+    "offload_share",
     "partition",
     "partition_types",
     "transformer",

@@ -24,6 +24,22 @@ class ParameterBytes:
             if not value >= 0:
                 raise ConfigError(f"{name}={value} bytes a parameter; give at least 0")
 
+    def over(self, replicas: int, zero: int, resting: bool = False) -> ParameterBytes:
+        """On each of ``replicas``, at the peak of a step, or ``resting`` between its end and the next one's start.
+
+        From ``zero`` 1 on the optimizer's part is shared out, and a sum over replicas has memory of its own beside the
+        gradients, of one share; from 2 on gradients are whole only within a step. At 3 weights are, too: then what an
+        optimizer changes is apart from them.
+        """
+        if not (replicas >= 1 and 0 <= zero <= 3):
+            raise ConfigError(f"replicas={replicas}, zero={zero}: give at least 1 replica, and zero from 0 to 3")
+        if not zero:
+            return self
+        masters = self.weights if zero == 3 and self.weights >= 4 else 0.0
+        weights = 0.0 if zero == 3 and resting else self.weights
+        whole = 0.0 if zero > 1 and resting else self.gradients
+        return ParameterBytes(weights, whole + self.gradients / replicas, (self.optimizer + masters) / replicas)
+
 
 FLOAT32 = ParameterBytes(weights=4, gradients=4, optimizer=8)  # Adam's two moments
 MIXED = ParameterBytes(weights=2, gradients=4, optimizer=12)  # bf16 copies; float32 gradients, masters, moments

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipekern.errors import TransportError
+from pipekern.optim.store import Store
+from pipekern.parallel.mesh import ALONE, FIRST, Place
+from pipekern.parallel.replicas import Replicas
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.blueprint import Blueprint
-from pipekern.runtime.collective import Star, star_links
-from pipekern.runtime.deltas import Deltas, Ties, tie_links
+from pipekern.runtime.collective import Star
+from pipekern.runtime.deltas import Deltas, Ties
 from pipekern.runtime.detours import Detours
 from pipekern.runtime.executor import Executor
 from pipekern.runtime.generate import Generator
@@ -24,27 +27,20 @@ from pipekern.runtime.loss import Loss, Verdict
 from pipekern.runtime.options import Options
 from pipekern.runtime.outgoing import LOSS_TAG, Outgoing
 from pipekern.runtime.runner import Held, Runner
+from pipekern.stage.host import Host
+from pipekern.stage.offload import Offload
 from pipekern.stage.random import unit_keys
 from pipekern.stage.stage import Stage
 from pipekern.stage.unit import Unit
-from pipekern.transport.base import Link, Receiver, Sender, Transport
+from pipekern.transport.base import Receiver, Sender, Transport
 
 _TRAIN = {
     "RECV_F": "receive_forward", "F": "forward", "SEND_F": "send_forward",
     "RECV_B": "receive_backward", "B": "backward_input", "W": "backward_weight", "BW": "backward",
-    "SEND_B": "send_backward",
+    "SEND_B": "send_backward", "AWAY": "put_away", "BACK": "bring_back",
+    "GATHER": "begin_gather", "JOIN": "join", "REDUCE": "begin_reduce",
 }  # fmt: skip
 _EVALUATE = {"RECV_F": "receive_evaluate", "F": "evaluate", "SEND_F": "send_evaluate"}
-
-
-def links(blueprint: Blueprint, codecs: Mapping[str, str]) -> list[Link]:
-    """Every link of the job, in the same order on every rank: between stages with its of ``codecs``, between holders of
-    a weight, and the star.
-    """
-    home, slots = blueprint.schedule.stage_rank, sorted(blueprint.slots().items())
-    names = {f"{a}>{b}": (home[a], home[b], count) for (a, b), count in slots}
-    between = [Link(name, *ends, codecs[name]) for name, ends in names.items()]
-    return between + tie_links(blueprint.ties) + star_links(blueprint.schedule.ranks, blueprint.root_rank)
 
 
 class Assembly:
@@ -61,15 +57,23 @@ class Assembly:
         transport: Transport,
         senders: Mapping[str, Sender],
         receivers: Mapping[str, Receiver],
+        place: Place = FIRST,
+        sizes: Place = ALONE,
+        replicas: Replicas | None = None,
+        zero: int = 0,
     ):
+        self.replicas, self.zero = replicas, zero
+        self.place, self.sizes = place, sizes
+        self.store: Store | None = None
         self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
         self.loss_path, self.codecs = loss_path, codecs
         last = stages.get(blueprint.schedule.stages - 1)
-        self.loss = Loss(loss_fn, None if last is None else last.head)
+        self.loss = Loss(loss_fn, None if last is None else last.head, blueprint.precision is not None)
         self.senders, self.receivers = senders, receivers
         self.outgoing = Outgoing(transport, self.receivers.values(), alone=rank is None)
         schedule = blueprint.schedule
-        self.star = Star(rank, schedule.ranks, blueprint.root_rank, self.outgoing, senders, receivers)
+        star = (place.dp * sizes.tp + place.tp, sizes.dp * sizes.tp)
+        self.star = Star(rank, schedule.ranks, blueprint.root_rank, self.outgoing, senders, receivers, *star)
         self.parameters: dict[str, nn.Parameter] = dict(p for unit in self.units() for p in unit.named_parameters())
         self.ties = Ties(rank, blueprint.ties, self.parameters, self.outgoing, senders, receivers)
         self._held = {schedule.stage_rank[index]: Held() for index in stages}
@@ -115,14 +119,51 @@ class Assembly:
         names = {b: names for (a, b), names in direct.items() if a == index}
         return Detours(arriving, leaving, names) if arriving or leaving else None
 
+    def settle(self) -> None:
+        """Make copies of one weight equal over ranks and replicas, and lay the parameters out as optimizers see them;
+        collective.
+        """
+        self.ties.equalise()
+        if self.replicas is not None:
+            for tensor in {id(t): t for unit in self.units() for t in unit.state().values()}.values():
+                self.replicas.equalise(tensor.detach())
+        blueprint = self.blueprint
+        if blueprint.layouts:
+            named = {
+                i: [p for unit in stage.units for p in unit.named_parameters()] for i, stage in self.stages.items()
+            }
+            self.store = Store(named, blueprint.layouts, blueprint.dtypes, self.replicas, self.zero)
+            self.parameters = self.store.parameters
+            self.ties.hold(self.parameters)
+            for runner in self._runners.values():
+                runner.store = self.store
+
+    def over_replicas(self, value: float) -> float:
+        """On the rank of the last stage: the sum of ``value`` over the replicas."""
+        return sum(self.star.of_roots(value)[self.place.tp :: self.sizes.tp])
+
     def _publish(self, batch: Batch) -> None:
         self._verdict = self.loss.result()
-        self.star.publish(LOSS_TAG | batch.tag, self._verdict.encode())
+        if self.star.rank is not None and self.star.pipelines == 1:
+            self.star.publish(LOSS_TAG | batch.tag, self._verdict.encode())
 
     def verdict(self, batch: Batch) -> Verdict:
         """The loss of the step that has just run: computed here, or received from the last stage."""
         verdict, self._verdict = self._verdict, None
-        return Verdict.decode(self.star.receive(LOSS_TAG | batch.tag)) if verdict is None else verdict
+        if verdict is None:
+            return Verdict.decode(self.star.receive(LOSS_TAG | batch.tag))
+        if self.star.pipelines > 1:
+            rows = self.star.of_roots(verdict.encode())[self.place.tp :: self.sizes.tp]
+            verdict = Verdict.over([Verdict.decode(row) for row in rows])
+            self.star.publish(LOSS_TAG | batch.tag, verdict.encode())
+        return verdict
+
+    def of_parameters(self, value: Any) -> list[Any]:
+        """``value`` of every rank that has parameters which no other has; collective."""
+        if not self.zero:
+            return self.star.gather(value)
+        pipelines = self.star.everywhere(value)[self.place.tp :: self.sizes.tp]
+        return [row for rows in pipelines for row in rows]
 
     @property
     def devices(self) -> list[torch.device]:
@@ -132,6 +173,27 @@ class Assembly:
     def units(self) -> list[Unit]:
         """The units of this process's stages, in the model's order."""
         return [unit for stage in self.stages.values() for unit in stage.units]
+
+    def state(self) -> dict[str, Tensor]:
+        """This process's parameters, as an optimizer sees them but whole, and buffers, by name in the model; collective
+        where parameters are in shards.
+        """
+        known = set(self.blueprint.state)
+        own = {name: value for unit in self.units() for name, value in unit.state().items() if name in known}
+        if self.store is not None:
+            whole = self.store.whole(lambda piece: piece.parameter.detach())
+            own |= {name: value for name, value in whole.items() if name in own}
+        return own
+
+    @torch.no_grad()
+    def put(self, name: str, value: Tensor) -> None:
+        """Copy ``value`` into the whole parameter or buffer ``name``, as far as it is here."""
+        if self.store is not None and self.store.has(name):
+            self.store.put(name, value)
+            return
+        for unit in self.units():  # copies of a buffer may be in several
+            if name.startswith(unit.prefix) and (own := unit.state().get(name)) is not None:
+                own.copy_(value)
 
     def counted(self) -> dict[str, nn.Parameter]:
         """The parameters that this process answers for in a sum over the model: a tied one on its owner, under its
@@ -176,12 +238,17 @@ class Assembly:
     def replaced(self, stages: Mapping[int, Stage]) -> Iterator[None]:
         """Steps in here run ``stages`` in place of this process's own."""
         for index, runner in self._runners.items():
-            runner.stage = stages[index]
+            runner.stage, runner.store = stages[index], None
         try:
-            yield
+            with self.ready():
+                yield
         finally:
             for index, runner in self._runners.items():
-                runner.stage = self.stages[index]
+                runner.stage, runner.store = self.stages[index], self.store
+
+    def ready(self) -> AbstractContextManager[None]:
+        """In here the stages compute with what the optimizer's parameters are; collective over replicas."""
+        return nullcontext() if self.store is None else self.store.ready()
 
     def peaks(self) -> list[float]:
         """The most activations that each rank of this process held in the last step, as simulations count them."""
@@ -202,23 +269,32 @@ class Assembly:
         self.outgoing.clear()
         self.generator.clear()
         self._verdict = None
+        if self.store is not None:
+            self.store.clear()
         for runner in self._runners.values():
             runner.clear()
 
 
 def build_stages(
-    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], options: Options
+    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], options: Options, replica: int = 0
 ) -> dict[int, Stage]:
     """The stages ``here``, with memory and weights, each on the device of its rank; ``devices`` is by rank."""
     stages = {}
+    m = blueprint.schedule.microbatches
+    microbatches = range(replica * m, replica * m + m)
+    hosts: dict[int, Host] = {}
     for index in here:
-        device = devices[blueprint.schedule.stage_rank[index]]
+        rank = blueprint.schedule.stage_rank[index]
+        device = devices[rank]
         units = [unit.built() for unit in blueprint.stages[index]]
         for unit in units:
             unit.train.to(device)
             unit.evaluate.to(device)
         first = blueprint.first_unit[index]
-        keys = unit_keys(options.seed, blueprint.schedule.microbatches, range(first, first + len(units)))
+        keys = unit_keys(options.seed, microbatches, range(first, first + len(units)))
+        away = [trip.microbatch for trip in blueprint.offload.trips[rank] if trip.stage == index]
+        if away and rank not in hosts:
+            hosts[rank] = Host(device, options.offload_folder)
         last = index == blueprint.schedule.stages - 1
         stages[index] = Stage(
             index,
@@ -230,5 +306,7 @@ def build_stages(
             blueprint.schedule.defers,
             blueprint.recompute[index],
             choose_head(units, options.loss_fn, options.fuse_loss)[0] if last else None,
+            blueprint.precision,
+            Offload(away, device, hosts[rank]) if away else None,
         )
     return stages

@@ -13,12 +13,17 @@ from torch import nn
 from pipekern import schedule as schedules
 from pipekern._version import __version__
 from pipekern.errors import ConfigError
+from pipekern.optim.store import PRECISIONS, Layout, low_precision
 from pipekern.plan.choose import choose
+from pipekern.plan.offload import Offload
 from pipekern.plan.partition import partition
+from pipekern.runtime.layout import layouts_of, refuse_unheld
+from pipekern.runtime.offloading import offloading
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.recomputation import recomputation
 from pipekern.runtime.skips import Hop, hops, sent_directly
+from pipekern.schedule.collectives import Collectives
 from pipekern.schedule.comms import Edge, Program
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.estimate import estimate, estimate_waiting
@@ -31,7 +36,8 @@ class Blueprint:
     """``stages[s]`` are the units of stage s, ``first_unit[s]`` the index of its first.
 
     ``recompute[s]`` says what of each of them is made again. ``parameters`` gives every name its place in the model's
-    order; names of one tied weight share theirs.
+    order; names of one tied weight share theirs. ``layouts[s]`` are the names of the trained parameters of stage s that
+    lie together where a ``Store`` has them, and ``dtypes`` what stages compute with, by a parameter's name.
     """
 
     root: nn.Module
@@ -45,6 +51,10 @@ class Blueprint:
     parameters: dict[str, int]
     state: list[str]
     skips: tuple[Hop, ...]
+    layouts: dict[int, Layout]
+    dtypes: dict[str, torch.dtype]
+    precision: torch.dtype | None
+    offload: Offload
 
     @property
     def direct(self) -> dict[Edge, list[str]]:
@@ -72,15 +82,20 @@ class Blueprint:
             "inputs": None if first.arguments is None else list(first.arguments.given),
             "split": [len(units) for units in self.stages],
             "recompute": self.recompute,
+            "offload": str(self.offload.trips),
             "skips": list(map(str, self.skips)),
+            "buckets": [self.layouts.get(stage) for stage in range(self.schedule.stages)],
             "parameters": [f"{name} {list(p.shape)}" for name, p in parameters],
             "dtype": ", ".join(sorted({str(p.dtype) for _, p in parameters})),
             "version of pipekern": __version__,
         }
 
 
-def draw(options: Options, ranks: int) -> Blueprint:
-    """Check every option and cut the model. Raises ``ConfigError`` or ``ScheduleError`` before anything starts."""
+def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25, together: bool = True) -> Blueprint:
+    """Check every option and cut the model. Raises ``ConfigError`` or ``ScheduleError`` before anything starts.
+
+    ``bucket``: the most bytes that go between ``replicas`` at once. ``together``: one process has all ranks.
+    """
     root, units = cut(options.module, options.seed, options.inputs)
     _check_microbatches(options.microbatches)
     if options.schedule == "auto":
@@ -95,20 +110,37 @@ def draw(options: Options, ranks: int) -> Blueprint:
     direct = sent_directly(skips)
     place: dict[int, int] = {}
     parameters = {name: place.setdefault(id(p), len(place)) for unit in units for name, p in unit.named_parameters()}
-    program = order.program(direct)
+    dtypes: dict[str, torch.dtype] = {}
+    layouts: dict[int, Layout] = {}
+    if options.precision is not None:
+        modules = [module for unit in units for module in unit.train.modules()]
+        named = [pair for unit in units for pair in unit.named_parameters()]
+        dtypes = low_precision(named, modules, PRECISIONS[options.precision])
+    if dtypes or replicas > 1:
+        layouts = layouts_of(order, stages, dtypes, bucket, together)
+    if options.zero == 3 and options.memory is not None:
+        refuse_unheld(options, order, stages, dtypes, replicas)
+    counts_of = {stage: len(layout) for stage, layout in layouts.items()} if replicas > 1 else {}
+    program = order.program(direct, Collectives(counts_of if options.zero else {}, counts_of))
+    recompute = recomputation(options, stages, skips, program)
+    offload = offloading(options, stages, skips, program, recompute)
     state = list(root.state_dict()) or [unit.prefix + n for unit in units for n in unit.train.state_dict()]
     return Blueprint(
         root,
         order,
-        program,
+        offload.program(program),
         order.forward_only().program(direct),
         stages,
         starts,
-        recomputation(options, stages, skips, program),
+        recompute,
         find_ties(stages, order.stage_rank),
         parameters,
         state,
         skips,
+        layouts,
+        dtypes,
+        None if options.precision is None else PRECISIONS[options.precision],
+        offload,
     )
 
 
@@ -150,8 +182,7 @@ def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: i
         if (order.ranks, order.microbatches) != (ranks, microbatches):
             raise ConfigError(
                 f"the schedule {order.name!r} is for {order.ranks} ranks and {order.microbatches} micro-batches, the "
-                "pipeline has "
-                f"{ranks} and {microbatches}: build it for these"
+                f"pipeline has {ranks} and {microbatches}: build it for these"
             )
     if not order.runnable or not order.trains:
         ready = ", ".join(repr(name) for name in schedules.names() if schedules.describe(name).runnable)
@@ -168,9 +199,8 @@ def _split(split: Split, units: Sequence[Unit], order: Schedule) -> list[int]:
     if len(units) < order.stages:
         raise ConfigError(
             f"the model has {len(units)} units to cut ({', '.join(unit.name for unit in units)}) for {order.stages} "
-            "stages "
-            f"({order.ranks} ranks × {order.chunks} chunks); every stage needs one: use fewer ranks or chunks, or more "
-            "layers"
+            f"stages ({order.ranks} ranks × {order.chunks} chunks); every stage needs one: use fewer ranks or chunks, "
+            "or more layers"
         )
     if split is None or isinstance(split, LayerCosts):
         if split is not None:

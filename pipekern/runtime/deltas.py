@@ -25,7 +25,7 @@ def tie_links(ties: Sequence[Tie]) -> list[Link]:
 
 class Ties:
     """The weights that rank ``rank`` holds together with others (None: one process has every rank, and holds them
-    once). ``parameters[i]`` is its own of ``ties[i]``.
+    once).
     """
 
     def __init__(
@@ -39,7 +39,14 @@ class Ties:
     ):
         self._rank, self._outgoing = rank, outgoing
         self._senders, self._receivers = senders, receivers
-        self._held = [(i, tie, parameters[tie.names[rank]]) for i, tie in enumerate(ties) if rank in tie.names]
+        self._ties = ties
+        self.hold(parameters)
+
+    def hold(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take ``parameters`` by name; one that is not there has no part here, nor on the other ranks of this place."""
+        own = [(i, tie) for i, tie in enumerate(self._ties) if self._rank in tie.names]
+        named = [(i, tie, tie.names[self._rank]) for i, tie in own]  # type: ignore[index]  # it is not None there
+        self._held = [(i, tie, parameters[name]) for i, tie, name in named if name in parameters]
         self.parameters = [parameter for _, _, parameter in self._held]
 
     def equalise(self) -> None:
@@ -91,9 +98,11 @@ class Deltas:
 
     def divide(self, divisor: float) -> None:
         """Divide the step's own gradients."""
-        for parameter, _ in self._before:
-            if parameter.grad is not None:
-                parameter.grad /= divisor
+        if divisor == 1.0:
+            return
+        grads = [p.grad for p, _ in self._before if p.grad is not None]
+        if grads:
+            torch._foreach_div_(grads, divisor)
 
     def merge(self) -> None:
         """Add what was there before."""
@@ -101,6 +110,11 @@ class Deltas:
             if before is None:
                 continue
             parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+
+    def clear(self) -> None:
+        """Leave no gradient at all."""
+        for parameter, _ in self._before:
+            parameter.grad = None
 
     def drop(self) -> None:
         """Give back what was there before, without the step's own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,11 +40,12 @@ class HeadLoss:
     """The sum of ``loss_fn`` over the product of a head, from its input and the targets.
 
     They are [T, H] and [T], or [N, H, d] and [N, d] where the head says so. For other shapes, and for targets that are
-    probabilities, the product is made, and ``loss_fn`` itself is called.
+    probabilities, the product is made, and ``loss_fn`` itself is called on what ``takes`` makes of it.
     """
 
-    def __init__(self, head: Head, loss_fn: Any):
-        self._linear, self._transposed, self._loss_fn = head.linear, head.transposed, loss_fn
+    def __init__(self, head: Head, loss_fn: Any, takes: Callable[[Any], Any]):
+        self._linear, self._transposed = head.linear, head.transposed
+        self._loss_fn, self._takes = loss_fn, takes
 
     def __call__(self, x: Tensor, target: Tensor, scale: float) -> Tensor:
         """``scale`` is the gradient that the result is going to get."""
@@ -55,7 +56,7 @@ class HeadLoss:
         fits = target.shape == x.shape[:-1] and x.dim() == 2 + transposed and not target.is_floating_point()
         if not fits or (x.is_cuda and x.dtype not in FLOATS):
             logits = linear(x)
-            return loss_fn(logits.transpose(1, 2) if transposed else logits, target)
+            return loss_fn(self._takes(logits.transpose(1, 2) if transposed else logits), target)
         main_grad = self._main_gradient()
         wide = torch.promote_types(x.dtype, torch.float32)
         return linear_cross_entropy(

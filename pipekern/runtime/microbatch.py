@@ -20,8 +20,7 @@ def batch_size(value: Any, name: str) -> int:
     if len(sizes) > 1:
         raise ConfigError(
             f"{name} has tensors with {' and '.join(map(str, sorted(sizes)))} samples; the first dimension of every "
-            "tensor is the "
-            "batch: expand the smaller ones, or keep constants in the model"
+            "tensor is the batch: expand the smaller ones, or keep constants in the model"
         )
     if not sizes:
         raise ConfigError(f"{name} has no tensor with a batch dimension: there is nothing to split into micro-batches")
@@ -32,8 +31,8 @@ def split(value: Any, microbatches: int, name: str) -> list[Any]:
     """``microbatches`` parts of ``value``, views of its tensors along the first dimension, as equal as possible.
 
     The first parts are one sample larger where it does not divide. A tensor that stands in several places of ``value``
-    does so in every part. Values that are not tensors, and tensors without
-    dimensions, go to every part. Raises ``ConfigError`` where there are fewer samples than micro-batches.
+    does so in every part. Values that are not tensors, and tensors without dimensions, go to every part. Raises
+    ``ConfigError`` where there are fewer samples than micro-batches.
     """
     size = batch_size(value, name)
     if size < microbatches:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipekern.errors import NumericsError
+from pipekern.optim.scale import LossScale
 from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.batch import Batch
 from pipekern.stage.random import preserved
@@ -34,27 +35,44 @@ def finite(values: Iterable[Tensor]) -> bool:
     )
 
 
-class Guard:
-    """What is done about a step that is not finite: ``policy`` is ``on_nonfinite`` of ``Pipeline``."""
+class Judgement(NamedTuple):
+    """``overflow``: only a lower loss scale is needed. ``trouble``: else what is not finite, and where it arose."""
 
-    def __init__(self, parts: Assembly, policy: str):
-        self._parts, self._policy = parts, policy
+    overflow: bool
+    trouble: str
+
+
+class Guard:
+    """What is done about a step that is not finite: ``policy`` is ``on_nonfinite`` of ``Pipeline``. With a ``scale`` of
+    the loss, such a step is dropped and the scale lowered, until it is at its least.
+    """
+
+    def __init__(self, parts: Assembly, policy: str, scale: LossScale | None = None):
+        self._parts, self._policy, self._scale = parts, policy, scale
 
     @property
     def drops(self) -> bool:
         """Whether such a step's gradients are dropped."""
         return self._policy == "skip"
 
-    def trouble(self, batch: Batch, loss: Tensor) -> str:
-        """What is not finite in the step that has just run, and where it arose; empty where all ranks' is finite, or
-        where nobody asked. Collective.
-        """
-        if self._policy == "ignore":
-            return ""
+    def judge(self, batch: Batch, loss: Tensor) -> Judgement:
+        """Whether all ranks' part of the step that has just run is finite; collective."""
+        if self._policy == "ignore" and self._scale is None:
+            return Judgement(False, "")
+        bad = not self._finite(loss)
+        if self._scale is not None:
+            value, helpless = self._scale.value, self._scale.update(bad)
+            if bad and not helpless:
+                text = "step %d overflows at a loss scale of %g: it is left out, the scale is now %g"
+                logging.getLogger("pipekern").info(text, batch.step, value, self._scale.value)
+                return Judgement(True, "")
+        if not bad or self._policy == "ignore":
+            return Judgement(False, "")
+        return Judgement(False, f"step {batch.step} is not finite (loss {float(loss):g}), {locate(self._parts, batch)}")
+
+    def _finite(self, loss: Tensor) -> bool:
         gradients = [p.grad for p in self._parts.parameters.values() if p.grad is not None]
-        if all(self._parts.star.gather(finite([loss, *gradients]))):
-            return ""
-        return f"step {batch.step} is not finite (loss {float(loss):g}), {locate(self._parts, batch)}"
+        return all(flag for rows in self._parts.star.everywhere(finite([loss, *gradients])) for flag in rows)
 
     def report(self, trouble: str) -> None:
         """Raise ``NumericsError``, or say what was dropped."""
@@ -91,15 +109,15 @@ def locate(parts: Assembly, batch: Batch) -> str:
     if inputs is not None:  # a batch may have a graph of its own, which the first run has used up
         inputs = [detached(inputs[i]) for i in range(schedule.microbatches)]
     again = replace(batch, inputs=inputs)
-    parts.loss.start(again.targets or [], again.sizes)
+    parts.loss.start(again.targets or [], again.sizes, parts.loss.scale, parts.over_replicas)
     watched = {i: _Watched(stage, schedule.stage_rank[i], again, found.append) for i, stage in parts.stages.items()}
     with parts.undisturbed(), preserved(parts.devices):
         with parts.replaced(watched):
             parts.train.run(again)
         parts.verdict(again)
     parts.train.times = times
-    rows = parts.star.gather([tuple(one) for one in sorted(found, key=_place)[:1]])
-    first = min((Finding(*row) for own in rows for row in own), key=_place, default=None)
+    rows = parts.star.everywhere([tuple(one) for one in sorted(found, key=_place)[:1]])
+    first = min((Finding(*row) for pipeline in rows for own in pipeline for row in own), key=_place, default=None)
     if first is None:
         return (
             "which does not show when the step runs again: a sum over micro-batches or steps overflows, nothing was "

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from pipekern.errors import ConfigError
+from pipekern.optim.scale import LossScale
+from pipekern.optim.store import PRECISIONS
+from pipekern.parallel.mesh import Mesh
 from pipekern.plan.codec import CODECS
 from pipekern.runtime.profile import LayerCosts
 from pipekern.schedule.ir import Schedule
@@ -43,6 +46,12 @@ class Options:
     memory: float | Sequence[float] | None = None
     fuse_loss: bool | None = None
     codec: str | Mapping[str, str] = "none"
+    mesh: Mesh = None
+    precision: str | None = None
+    zero: int = 0
+    loss_scale: LossScale | None = None
+    offload: float | str | None = None
+    offload_folder: str | None = None
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
@@ -52,14 +61,28 @@ class Options:
             ("recompute", [self.recompute], (*CHOICES, "auto")),
             ("on_nonfinite", [self.on_nonfinite], POLICIES),
             ("codec", codecs, (*CODECS, "auto") if isinstance(self.codec, str) else CODECS),
+            ("zero", [self.zero], range(4)),
+            ("precision", [self.precision], (None, *PRECISIONS)),
         ):
             wrong = [value for value in values if value not in choices]
             if wrong:
                 raise ConfigError(f"{name}={wrong[0]!r}; choose one of {', '.join(map(repr, choices))}")
+        if self.loss_scale is not None and self.precision != "fp16":
+            raise ConfigError(f"loss_scale with precision={self.precision!r}: it is for precision='fp16'; leave it out")
         if not self.timeout > 0:
             raise ConfigError(f"timeout={self.timeout!r}; give the seconds that a silent rank is waited for, above 0")
-        if self.memory is not None and self.recompute != "auto":
+        if self.memory is not None and "auto" not in (self.recompute, self.offload) and self.zero < 3:
             raise ConfigError(
-                f"memory={self.memory} is what recompute='auto' chooses under, and recompute={self.recompute!r}; set "
-                "recompute='auto', or leave memory out"
+                f"memory={self.memory} is what recompute='auto' or offload='auto' chooses under, or zero=3 is held to, "
+                f"and recompute={self.recompute!r}, offload={self.offload!r}, zero={self.zero}; set one of them, or "
+                "leave memory out"
+            )
+        if self.recompute == self.offload == "auto":
+            raise ConfigError(
+                "recompute='auto' and offload='auto' both choose under the same memory; decide one of them: a share "
+                "for offload, or 'none', 'selective' or 'full' for recompute"
+            )
+        if self.offload_folder is not None and self.offload is None:
+            raise ConfigError(
+                f"offload_folder={self.offload_folder!r} and nothing to put there; give offload=, or leave it out"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -30,21 +30,23 @@ class StageParameters(Sequence[nn.Parameter]):
         if not self._whole and caller == "torch.nn.utils.clip_grad":
             warnings.warn(
                 "torch.nn.utils.clip_grad_norm_ sees the parameters of this rank's stages only, so every rank would "
-                "clip by a norm "
-                "of its own; call pipe.clip_grad_norm_(max_norm) for one norm over all stages",
+                "clip by a norm of its own; call pipe.clip_grad_norm_(max_norm) for one norm over all stages",
                 stacklevel=4,
             )
         return iter(self._parameters)
 
 
-def load(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-    """Copy the entries of ``own`` out of ``state``. Raises ``ConfigError`` for those that are missing or do not fit."""
+def load(
+    own: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    put: Callable[[str, torch.Tensor], None],
+) -> None:
+    """``put`` the entries of ``own`` out of ``state``. Raises ``ConfigError`` for what is missing or does not fit."""
     missing = sorted(own.keys() - state.keys())
     wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if missing or wrong:
         raise ConfigError(
             f"load_state_dict: missing {missing}, of another shape {sorted(wrong)}; give the whole model's state"
         )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(state[name])
+    for name in own:
+        put(name, state[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,20 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipekern.errors import TransportError
+from pipekern.errors import CheckpointError, TransportError
 from pipekern.optim import clip
-from pipekern.runtime import microbatch
+from pipekern.optim.scale import LossScale
+from pipekern.parallel.mesh import Mesh
+from pipekern.plan.offload import Offload
+from pipekern.runtime import microbatch, optimizer, saving
 from pipekern.runtime.batch import Batch, divide
-from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor
 from pipekern.runtime.measure import gathered
-from pipekern.runtime.nonfinite import Guard
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.parameters import StageParameters, load
 from pipekern.runtime.prompts import Ids, join, prepare
 from pipekern.runtime.sampling import Sampling
 from pipekern.runtime.skips import Hop
 from pipekern.runtime.start import start
+from pipekern.runtime.training import Training
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.random import preserved, step_key
 from pipekern.stage.spec import LayerSpec
@@ -41,8 +44,8 @@ class Pipeline:
     micro-batch.
 
     * ``loss_fn(output, y)`` returns a scalar, which counts by its samples, or a pair (sum, count).
-    * ``devices``: one a rank; by default the GPUs, else the CPU. ``chunks``: stages a rank; by default the schedule's
-      own.
+    * ``devices``: one a rank; by default the GPUs, else the CPU, where the process keeps the memory that it frees, see
+      ``runtime/heap.py``. ``chunks``: stages a rank; by default the schedule's own.
     * ``schedule``: a name, a ``Schedule``, or ``"auto"``: what has the shortest simulated step.
     * ``split``: units a stage, or ``LayerCosts`` from ``pk.profile``; by default estimated.
     * ``recompute``: ``"full"`` keeps the input of each unit and runs it again in the backward, ``"selective"`` also
@@ -62,6 +65,17 @@ class Pipeline:
     * ``codec``: how floats travel between CUDA devices: as they are, float32 as ``"bf16"``, or all as ``"fp8"`` with a
       scale each 128 values; link by link, ``{"0>1": "bf16"}`` from stage 0 to 1; or ``"auto"``, with the least loss
       that the costs in ``split`` hide at each link's measured bandwidth. ``codecs`` says what is done.
+    * ``mesh``: a ``DeviceMesh`` with dimensions out of "pp", "dp" and "tp", or their sizes, ``{"pp": 2, "dp": 2}``.
+      Each data-parallel replica passes a batch of its own, and gradients are those of the mean over all. They are
+      summed once a step, as soon as a stage's last weight work is done.
+    * ``precision``: ``"bf16"`` or ``"fp16"``: stages compute in it, gradients are summed in float32, and
+      ``parameters()`` are float32 masters, which any optimizer can change. fp16 has a ``loss_scale``, by default a
+      ``pk.optim.LossScale``: a step that overflows is left out on all ranks, its ``.grad`` is None, the scale lowered.
+    * ``zero``: what replicas share out: 1 optimizer state and masters, 2 gradients too, 3 the weights between a step's
+      last use and the next step. ``parameters()`` are then one-dimensional shards, ``state_dict()`` is whole.
+    * ``offload``: the share, 0 to 1, by which the most activations that a rank holds shall fall: they are put away in
+      host memory between forward and backward, as far as the schedule leaves time (see ``offloads``). ``"auto"``: what
+      is more than ``memory``, by the bytes in ``split``. On a CPU ``offload_folder`` is where, in unnamed files.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for. A process that is stopped,
       but not by a debugger, gets an eighth of it, and at least one second.
 
@@ -90,23 +104,31 @@ class Pipeline:
         memory: float | Sequence[float] | None = None,
         fuse_loss: bool | None = None,
         codec: str | Mapping[str, str] = "none",
+        mesh: Mesh = None,
+        precision: str | None = None,
+        zero: int = 0,
+        loss_scale: LossScale | None = None,
+        offload: float | str | None = None,
+        offload_folder: str | None = None,
     ):
         self._parts = start(
             Options(
                 module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
-                transport, timeout, inputs, memory, fuse_loss, codec,
+                transport, timeout, inputs, memory, fuse_loss, codec, mesh, precision, zero, loss_scale, offload,
+                offload_folder,
             )
         )  # fmt: skip
         self.loss_path, self.codecs = self._parts.loss_path, self._parts.codecs
-        self._guard = Guard(self._parts, on_nonfinite)
+        self.loss_scale = (loss_scale or LossScale()) if precision == "fp16" else None
+        self._training = Training(self._parts, on_nonfinite, self.loss_scale)
         self._seed = seed
         self._step = 0
         self._closed = ""
         self._executor: Executor = self._parts.train
-        self._loss_is_pair: bool | None = None  # known after the first step
+        self._optimizer: torch.optim.Optimizer | None = None
         self._finalizer = weakref.finalize(self, self._parts.transport.close)
         with self._running():
-            self._parts.ties.equalise()
+            self._parts.settle()
 
     # -- steps
 
@@ -116,29 +138,12 @@ class Pipeline:
 
         ``x`` is needed where the first stage is, ``y`` where the last is; elsewhere they may be None.
         """
-        parts = self._parts
         with self._running():
-            batch = self._batch(x, y, training=True)
-            whole = self._loss_is_pair is not False or self._guard.drops
-            deltas = Deltas(self._parameters() if whole else parts.ties.parameters)
-            with preserved(parts.devices):
-                self._run(parts.train, batch)
-            verdict = parts.verdict(batch)
-            parts.ties.reduce(batch.tag)
-            if verdict.divisor is not None:
-                deltas.divide(verdict.divisor)
-            parts.refuse_held()
-            assert verdict.loss is not None
-            trouble = self._guard.trouble(batch, verdict.loss)
-            if trouble and self._guard.drops:
-                deltas.drop()
-            else:
-                deltas.merge()
-            self._loss_is_pair = verdict.divisor is not None
+            loss, trouble = self._training.step(self._batch(x, y, training=True), self._run)
             self._step += 1
         if trouble:
-            self._guard.report(trouble)
-        return verdict.loss
+            self._training.guard.report(trouble)
+        return loss
 
     def eval_step(self, x: Any = None, y: Any = None) -> Any:
         """Forward of one batch in evaluation mode, without gradients and without changing a buffer or a random number.
@@ -147,7 +152,7 @@ class Pipeline:
         elsewhere.
         """
         parts = self._parts
-        with self._running(), torch.no_grad(), parts.evaluating(), preserved(parts.devices):
+        with self._running(), torch.no_grad(), parts.evaluating(), preserved(parts.devices), parts.ready():
             batch = self._batch(x, y, training=False)
             self._run(parts.evaluate, batch)
             loss = parts.verdict(batch).loss
@@ -180,7 +185,8 @@ class Pipeline:
         training owns changes. Raises ``ConfigError``, and ``NumericsError`` for logits that are not finite.
         """
         parts = self._parts
-        with self._running(parts.generator.where), torch.no_grad(), parts.evaluating(), preserved(parts.devices):
+        modes = parts.evaluating(), preserved(parts.devices), parts.ready()
+        with self._running(parts.generator.where), torch.no_grad(), modes[0], modes[1], modes[2]:
             sampling = Sampling(temperature, top_k, top_p, seed)
             groups = prepare(ids, max_new_tokens, sampling, eos_token_id, parts.blueprint.schedule.ranks)
             parts.generator.run(groups, sampling, self._step)
@@ -192,7 +198,8 @@ class Pipeline:
         parts = self._parts
         batch = divide(x, y, parts.blueprint.schedule, parts.stages, training, not parts.star.alone)
         batch.step, batch.step_key = self._step, step_key(self._seed, self._step)
-        parts.loss.start(batch.targets or [], batch.sizes)
+        scale = self.loss_scale.value if training and self.loss_scale is not None else 1.0
+        parts.loss.start(batch.targets or [], batch.sizes, scale, parts.over_replicas)
         return batch
 
     def _run(self, executor: Executor, batch: Batch) -> None:
@@ -205,6 +212,8 @@ class Pipeline:
             raise TransportError(f"this pipeline is closed: {self._closed}; make a new one")
         try:
             yield
+        except CheckpointError:
+            raise  # on all ranks alike, and nothing has changed
         except BaseException as error:
             self._fail(error, (where or self._executor.where)())
             raise
@@ -238,22 +247,57 @@ class Pipeline:
         yield from self._parts.parameters.items()
 
     def optimizer(self, cls: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
-        """``cls`` over this process's parameters, also where its stages have none. ``options`` are those of ``cls``."""
-        return cls([{"params": self._parameters()}], **options)
+        """``cls`` over this process's parameters, also where its stages have none. ``options`` are those of ``cls``.
+
+        A ``pk.optim.AdamW`` clips by one norm over all ranks, so that its steps are collective. ``save`` and ``load``
+        take the state of the last one made with that of the model. Raises ``ConfigError`` for a class that looks at
+        whole matrices where parameters are in shards.
+        """
+        self._optimizer = optimizer.bound(self._parts, self._running, cls, options)
+        return self._optimizer
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """This process's parameters and buffers under their names in the original module; over all ranks, every
-        name.
+        """This process's parameters and buffers under their names in the original module; over all ranks, every name.
+        Under ``precision`` the masters; collective where ``zero`` is at least 1.
         """
-        known = set(self._parts.blueprint.state)
-        own = {name: value for unit in self._parts.units() for name, value in unit.state().items()}
-        return {name: value for name, value in own.items() if name in known}
+        return self._parts.state()
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy this process's entries out of ``state``, which may be the whole model's. Raises ``ConfigError`` for
         missing ones.
         """
-        load(self.state_dict(), state)
+        load(self.state_dict(), state, self._parts.put)
+
+    def save(self, folder: str | os.PathLike[str], data: Any = None) -> None:
+        """Write a checkpoint into ``folder``, in the place of the one there; collective, between two steps.
+
+        It holds parameters, buffers, the optimizer's state, steps taken, random states, and ``data``, any JSON of this
+        process: where it is in its data. Gradients are not in it. All ranks see one file system. If the save fails at
+        any point, the last one is as it was, and so is the pipeline; all ranks raise ``CheckpointError``.
+        """
+        with self._running():
+            saving.save(self._parts, self._optimizer, self.loss_scale, self._step, self._seed, folder, data)
+
+    def load(self, folder: str | os.PathLike[str]) -> Any:
+        """Go on from the checkpoint in ``folder``, saved with any ranks, split and schedule; collective.
+
+        Returns this rank's ``data`` (rank 0's, where fewer ranks had saved). Bytes are compared with their digests.
+        Where anything is damaged or does not fit the model, the optimizer or the seed, all ranks raise
+        ``CheckpointError`` with every difference, and nothing has changed.
+        """
+        with self._running():
+            self._step, data = saving.load(self._parts, self._optimizer, self.loss_scale, self._seed, folder)
+        return data
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model into ``folder`` as its own ``save_pretrained`` does, for ``from_pretrained`` of transformers;
+        collective. All ranks see one file system, which for a while holds the weights twice.
+
+        Raises ``ConfigError`` for a model that is not of transformers, ``CheckpointError`` where writing fails.
+        """
+        saving.refuse_foreign(self._parts.blueprint.root)
+        with self._running():
+            saving.save_pretrained(self._parts, folder)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages is at most ``max_norm``; collective.
@@ -265,13 +309,13 @@ class Pipeline:
         place = self._parts.blueprint.parameters
         with self._running():
             own = {place[name]: p for name, p in self._parts.counted().items()}
-            rows = self._parts.star.gather(clip.partials(own, norm_type))
+            rows = self._parts.of_parameters(clip.partials(own, norm_type))
             total, bad = clip.total_norm(rows, norm_type)
         if bad >= 0:
             name = next(name for name, index in place.items() if index == bad)
-            for parameter in self._parameters() if self._guard.drops else ():
+            for parameter in self._parameters() if self._training.guard.drops else ():
                 parameter.grad = None
-            self._guard.report(f"the norm of the gradient of {name} is not finite")
+            self._training.guard.report(f"the norm of the gradient of {name} is not finite")
         clip.scale(self._parameters(), max_norm, total)
         return total
 
@@ -281,6 +325,11 @@ class Pipeline:
     def skips(self) -> tuple[Hop, ...]:
         """How what is saved by ``pk.Skip`` goes from stage to stage: relayed or directly, see ``Hop``."""
         return self._parts.blueprint.skips
+
+    @property
+    def offloads(self) -> Offload:
+        """Which activations are put away, from when to when, and what a rank holds at its peak."""
+        return self._parts.blueprint.offload
 
     def timeline(self) -> Timeline:
         """What every rank did in the last step, in microseconds from the first rank's start; collective.

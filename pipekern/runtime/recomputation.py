@@ -25,11 +25,26 @@ def recomputation(
     """How each unit runs, by stage; one of ``CHOICES``. What is chosen goes to the log. Raises ``ConfigError``."""
     if options.recompute != "auto":
         return [[options.recompute] * len(units) for units in stages]
+    rows, _ = unit_ways(options, stages, "recompute='auto'")
+    fixed = fixed_bytes(options, stages, skips, program)
+    caps = limits(options, program.schedule.ranks, "recompute='auto'")
+    chosen = choose_recompute(program.schedule, rows, fixed, caps)
+    text = "; ".join(f"stage {stage}: {' '.join(hows)}" for stage, hows in enumerate(chosen))
+    logging.getLogger("pipekern").info("recompute='auto' chooses %s", text)
+    return chosen
+
+
+def unit_ways(
+    options: Options, stages: Sequence[Sequence[Unit]], asked: str
+) -> tuple[list[list[UnitWays]], list[float]]:
+    """The ways to run each unit, by stage, and the bytes that each stage hands on. Raises ``ConfigError``, for what the
+    user has ``asked``.
+    """
     costs = options.split
     if not isinstance(costs, LayerCosts) or not costs.kept:
         raise ConfigError(
-            "recompute='auto' chooses by measured bytes and times of each unit: give split=pk.profile(module, x) of "
-            "one micro-batch, or choose 'none', 'selective' or 'full' for all units"
+            f"{asked} chooses by measured bytes and times of each unit: give split=pk.profile(module, x) of one "
+            "micro-batch, or choose 'none', 'selective' or 'full' for all units, or a share to put away"
         )
     rows: list[list[UnitWays]] = []
     last: list[int] = []  # unit of each stage
@@ -37,20 +52,15 @@ def recomputation(
         first = last[-1] + 1 if last else 0
         last.append(first + len(units) - 1)
         rows.append([_ways(costs, unit, unit == first, unit == last[-1]) for unit in range(first, last[-1] + 1)])
-    sizes = message_bytes(stages, skips, costs)
-    rings = slot_bytes(program, lambda a, b: sizes[min(a, b), max(a, b)])
-    fixed = _fixed(stages, rings, program)
-    chosen = choose_recompute(program.schedule, rows, fixed, _limits(options, program.schedule.ranks))
-    text = "; ".join(f"stage {stage}: {' '.join(hows)}" for stage, hows in enumerate(chosen))
-    logging.getLogger("pipekern").info("recompute='auto' chooses %s", text)
-    return chosen
+    return rows, [costs.outputs[unit] for unit in last]
 
 
-def _limits(options: Options, ranks: int) -> list[float]:
+def limits(options: Options, ranks: int, asked: str) -> list[float]:
+    """The bytes that each rank may take. Raises ``ConfigError``, for what the user has ``asked``."""
     memory = options.memory
     if memory is None:
         raise ConfigError(
-            "recompute='auto': nothing here tells how much memory is free; give memory=, the bytes that a rank may take"
+            f"{asked}: nothing here tells how much memory is free; give memory=, the bytes that a rank may take"
         )
     each = list(memory) if isinstance(memory, Sequence) else [memory] * ranks
     if len(each) != ranks or not min(each) > 0:
@@ -66,10 +76,14 @@ def _ways(costs: LayerCosts, unit: int, starts: bool, ends: bool) -> UnitWays:
     return UnitWays([Way(how, kept + more - less * (how != "none"), t) for how, kept, t in rows], costs.waiting[unit])
 
 
-def _fixed(stages: Sequence[Sequence[Unit]], rings: Sequence[float], program: Program) -> list[float]:
+def fixed_bytes(
+    options: Options, stages: Sequence[Sequence[Unit]], skips: Sequence[Hop], program: Program
+) -> list[float]:
     """Bytes of a rank besides activations: parameters with all that belongs to them, buffers, and messages."""
+    assert isinstance(options.split, LayerCosts)
+    sizes = message_bytes(stages, skips, options.split)
     fixed = []
-    for rank, ring in enumerate(rings):
+    for rank, ring in enumerate(slot_bytes(program, lambda a, b: sizes[min(a, b), max(a, b)])):
         units = [unit for stage in program.schedule.stages_of(rank) for unit in stages[stage]]
         own = {id(p): p for unit in units for _, p in unit.named_parameters()}
         buffers = {id(b): b for unit in units for b in unit.train.buffers()}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pipekern.optim.store import Store
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.detours import Detours
 from pipekern.runtime.lane import Ends, Lane
@@ -26,7 +27,7 @@ class Held:
         self.peak = 0
 
     def count(self) -> None:
-        """Look, after a forward."""
+        """Look, after a forward and where an activation begins to come back."""
         self.peak = max(self.peak, sum(stage.live for stage in self.stages))
 
 
@@ -42,6 +43,7 @@ class Runner(Lane):
         loss: Loss | None,
         held: Held,
     ):
+        self.store: Store | None = None
         super().__init__(stage.device, ends, outgoing)
         self.stage = stage
         self.detours = detours
@@ -101,7 +103,7 @@ class Runner(Lane):
             self.stage.evaluate(value, lambda output: self._score(microbatch, output))
             del self._gradients[microbatch]
         else:
-            self.batch.keep(self.stage.evaluate(value))
+            self.batch.keep(self._loss.takes(self.stage.evaluate(value)))
         if self.detours is not None:
             self.detours.forget(microbatch)
 
@@ -129,6 +131,15 @@ class Runner(Lane):
         """W."""
         self.stage.backward_weight(microbatch)
 
+    def put_away(self, microbatch: int) -> None:
+        """AWAY."""
+        self.stage.put_away(microbatch)
+
+    def bring_back(self, microbatch: int) -> None:
+        """BACK."""
+        self.stage.bring_back(microbatch)
+        self._held.count()
+
     def take_gradient(self, microbatch: int) -> Any:
         """The gradients of the stage's output, whole."""
         gradient = super().take_gradient(microbatch)
@@ -137,6 +148,21 @@ class Runner(Lane):
     def hand_back(self, microbatch: int, gradient: Any) -> None:
         """Give the gradients of the stage's input to those before it."""
         super().hand_back(microbatch, gradient if self.detours is None else self.detours.scatter(microbatch, gradient))
+
+    def begin_gather(self, bucket: int) -> None:
+        """GATHER."""
+        if self.store is not None:
+            self.store.gather(self.stage.index, bucket)
+
+    def join(self, _: int) -> None:
+        """JOIN."""
+        if self.store is not None:
+            self.store.join(self.stage.index)
+
+    def begin_reduce(self, bucket: int) -> None:
+        """REDUCE."""
+        if self.store is not None:
+            self.store.reduce(self.stage.index, bucket)
 
     def receive_generate(self, microbatch: int) -> None:
         """Every RECV_F of a text that is generated, if there is any."""

@@ -9,11 +9,15 @@ from dataclasses import asdict, replace
 import torch
 
 from pipekern.errors import ConfigError, PipekernError
-from pipekern.runtime.assembly import Assembly, build_stages, links
+from pipekern.parallel.mesh import FIRST, Grid, groups
+from pipekern.parallel.replicas import Replicas, speed
+from pipekern.runtime.assembly import Assembly, build_stages
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
 from pipekern.runtime.codecs import link_codecs
 from pipekern.runtime.head_loss import choose_head
+from pipekern.runtime.heap import keep_freed_memory
 from pipekern.runtime.limits import limits, memory_of
+from pipekern.runtime.links import all_links, links, prefix
 from pipekern.runtime.options import Options
 from pipekern.runtime.profile import LayerCosts
 from pipekern.transport.agree import disagreements
@@ -35,27 +39,61 @@ def start(options: Options) -> Assembly:
 
 
 def _assemble(options: Options, world: World | None) -> Assembly:
-    options, blueprint, devices = _agreed(options, world)
-    schedule, rank = blueprint.schedule, None if world is None else world.rank
+    grid = Grid.of(options.mesh, 1) if world is None else Grid.of(options.mesh, world.size)
+    place = FIRST if world is None else grid.place(world.rank)
+    replicas = None if world is None else _replicas(options, world, grid)
+    options, blueprint, devices = _agreed(options, world, grid, replicas)
+    schedule, rank = blueprint.schedule, None if world is None else place.pp
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
     if rank is not None:
         free_others(blueprint, owned(blueprint, here))
+    if any(devices[schedule.stage_rank[stage]].type == "cpu" for stage in here):
+        keep_freed_memory()
     if options.fuse_loss is None:  # on a CPU it saves memory and costs time
         options = replace(options, fuse_loss=devices[schedule.stage_rank[-1]].type == "cuda")
     loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
-    stages = build_stages(blueprint, here, devices, options)
-    codecs = link_codecs(options, blueprint, devices, world)
-    opened = open_transport(options.transport, links(blueprint, codecs), devices, world)
-    return Assembly(blueprint, rank, stages, options.loss_fn, loss_path, codecs, *opened)
+    stages = build_stages(blueprint, here, devices, options, place.dp)
+    codecs = link_codecs(options, blueprint, [range(schedule.ranks)] if world is None else grid.homes, devices, world)
+    every = links(blueprint, codecs) if world is None else all_links(blueprint, codecs, grid)
+    opened = open_transport(options.transport, every, devices, world)
+    start = prefix(place.dp * grid.sizes.tp + place.tp, grid)
+    senders = {name.removeprefix(start): end for name, end in opened.senders.items()}
+    receivers = {name.removeprefix(start): end for name, end in opened.receivers.items()}
+    if replicas is not None:
+        replicas.watch(opened.transport.check)
+    return Assembly(
+        blueprint, rank, stages, options.loss_fn, loss_path, codecs, opened.transport, senders, receivers,
+        place, grid.sizes, replicas, options.zero if replicas is not None else 0,
+    )  # fmt: skip
 
 
-def _agreed(options: Options, world: World | None) -> tuple[Options, Blueprint, list[torch.device]]:
+def _replicas(options: Options, world: World, grid: Grid) -> Replicas | None:
+    """This process among the replicas of its stages, None where there are no others. Collective."""
+    if grid.sizes.dp == 1:
+        return None
+    device = _devices(options.devices, world.size, launched=True)[world.rank]
+    group = groups(grid, world.rank, device, "dp")
+    return Replicas(group, grid.place(world.rank).dp, grid.sizes.dp, world.control.check)
+
+
+def _bucket(world: World, replicas: Replicas | None, device: torch.device) -> int:
+    """Bytes that go between replicas at once: those of 20 latencies, so that beginning costs a twentieth."""
+    if replicas is None:
+        return 1 << 62
+    latency, bandwidth = speed(replicas, device)
+    rows = world.gather({"bucket": 20 * latency * bandwidth})
+    return min(max(int(max(row["bucket"] for row in rows)), 1 << 20), 1 << 28)
+
+
+def _agreed(
+    options: Options, world: World | None, grid: Grid, replicas: Replicas | None
+) -> tuple[Options, Blueprint, list[torch.device]]:
     """The options with what ranks agree on, the blueprint once all have drawn the same, and a device a rank.
 
     What is wrong on one is raised on all.
     """
     if world is None:
-        size = _size(options.ranks, world)
+        size = _size(options.ranks, None)
         devices = _devices(options.devices, size, launched=False)
         if _wants_memory(options):
             rows = [memory_of(options.module, device, devices.count(device)) for device in devices]
@@ -63,9 +101,10 @@ def _agreed(options: Options, world: World | None) -> tuple[Options, Blueprint, 
         return options, draw(options, size), devices
     options = _informed(options, world)
     failure: PipekernError | None = None
+    bucket = _bucket(world, replicas, _devices(options.devices, world.size, launched=True)[world.rank])
     try:
-        devices = _devices(options.devices, _size(options.ranks, world), launched=True)
-        blueprint = draw(options, world.size)
+        devices = _devices(options.devices, world.size, launched=True)
+        blueprint = draw(options, _size(options.ranks, grid), grid.sizes.dp, bucket, together=False)
         row = blueprint.row() | {
             "seed": options.seed,
             "fuse_loss": options.fuse_loss,
@@ -105,17 +144,20 @@ def _informed(options: Options, world: World) -> Options:
 
 
 def _wants_memory(options: Options) -> bool:
-    return options.recompute == "auto" and options.memory is None
+    return "auto" in (options.recompute, options.offload) and options.memory is None
 
 
-def _size(ranks: int | None, world: World | None) -> int:
-    """The number of ranks."""
-    if world is not None:
-        if ranks not in (None, world.size):
+def _size(ranks: int | None, grid: Grid | None) -> int:
+    """The number of pipeline ranks."""
+    if grid is not None:
+        _, dp, tp = sizes = grid.sizes
+        if ranks not in (None, sizes.pp):
+            each = "" if dp * tp == 1 else f" for {sizes.pp} ranks of {dp * tp} pipelines"
             raise ConfigError(
-                f"ranks={ranks}, and the launcher started {world.size} processes; leave ranks out, or launch {ranks}"
+                f"ranks={ranks}, and the launcher started {sizes.pp * dp * tp} processes{each}; leave ranks out, or "
+                f"launch {ranks * dp * tp if ranks else 1}"
             )
-        return world.size
+        return sizes.pp
     size = (torch.cuda.device_count() or 2) if ranks is None else ranks
     if size < 1:
         raise ConfigError(f"ranks={ranks}; a pipeline has at least one")

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipekern.errors import ConfigError
 from pipekern.runtime import microbatch
 from pipekern.runtime.loss import Loss
 from pipekern.runtime.pipeline import Pipeline
 from pipekern.stage.random import generator, mix, preserved, step_key, unit_keys
 from pipekern.stage.skip import Skip
+from pipekern.stage.stage import cast
 from pipekern.stage.unit import Unit
 
 
@@ -52,9 +54,16 @@ def verify(pipe: Pipeline, x: Any, y: Any) -> Verification:
     collective.
 
     Every rank gives the whole batch and gets the same answer. The rank of the last stage holds the whole model
-    meanwhile. Gradients, buffers, random state and the step count are left as they were.
+    meanwhile. Gradients, buffers, random state and the step count are left as they were. Under ``precision`` the
+    unsplit model computes in it, too. Raises ``ConfigError`` where a mesh has several replicas or tensor-parallel
+    parts.
     """
     star = pipe._parts.star
+    if star.pipelines > 1:
+        raise ConfigError(
+            f"verify of a mesh of {star.pipelines} pipelines: it compares one pipeline with one model; verify the "
+            "model without dp and tp"
+        )
     state = _merged(star.gather(dict(pipe.state_dict())))
     step = pipe._step
     try:
@@ -112,6 +121,11 @@ def _unsplit(pipe: Pipeline, state: dict[str, Any]) -> nn.Module:
                     module._parameters[name] = real.setdefault(p, empty)
     model.to(device).load_state_dict(state)
     model.zero_grad()
+    low = {} if pipe._parts.store is None else pipe._parts.store.low
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in low and parameter.dtype is not low[name]:
+            parameter.data = parameter.data.to(low[name])
+            parameter.grad_dtype = torch.float32
     return model
 
 
@@ -122,14 +136,15 @@ def _reference_step(pipe: Pipeline, model: nn.Module, x: Any, y: Any) -> float:
     blueprint, device = pipe._parts.blueprint, pipe._parts.devices[-1]
     m = blueprint.schedule.microbatches
     units = [unit for stage in blueprint.stages for unit in stage]
-    keys = unit_keys(pipe._seed, m, range(len(units)))
+    keys = unit_keys(pipe._seed, range(m), range(len(units)))
     reseed = _Reseed(model, units, device)
-    loss = Loss(pipe._parts.loss.loss_fn)
+    precision = pipe._parts.blueprint.precision
+    loss = Loss(pipe._parts.loss.loss_fn, low_precision=precision is not None)
     xs, ys = microbatch.split(x, m, "x"), microbatch.split(y, m, "y")
     loss.start(ys, microbatch.sizes(microbatch.batch_size(x, "x"), m))
     for i in range(m):
         reseed.start([key ^ step_key(pipe._seed, pipe._step) for key in keys[i]])
-        output = units[0].spreading(model)(microbatch.to_device(xs[i], device))
+        output = units[0].spreading(model)(cast(microbatch.to_device(xs[i], device), precision))
         value, weight = loss.forward(i, output, microbatch.to_device(ys[i], device))
         torch.autograd.backward(value, torch.full_like(value, weight))
     verdict = loss.result()

@@ -8,10 +8,11 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from pipekern.errors import ScheduleError
+from pipekern.schedule.collectives import Collectives, first_forwards, last_weights
 from pipekern.schedule.ir import Action, Schedule
 from pipekern.schedule.simulate import Costs, simulate
 from pipekern.schedule.validate import check_order, deadlock
-from pipekern.trace.timeline import Span
+from pipekern.trace.timeline import COMPUTE, Span
 
 SENDS = ("SEND_F", "SEND_B")
 RECEIVES = ("RECV_F", "RECV_B")
@@ -23,8 +24,10 @@ Edge = tuple[int, int]
 class Instruction(NamedTuple):
     """One thing that the rank of ``stage`` does.
 
-    ``op`` is F, B, W or BW, or: RECV_F receives an activation from ``peer``, the stage before or one that skips to this
-    one, SEND_F sends it to a stage after, RECV_B receives the gradient from there, SEND_B sends it back.
+    ``op`` is F, B, W or BW, one of ``collectives.py``, or: RECV_F receives an activation from ``peer``, the stage
+    before or one that skips to this one, SEND_F sends it to a stage after, RECV_B receives the gradient from there,
+    SEND_B sends it back. AWAY: the stage's activation has left for host memory; BACK: it begins to come back
+    (:mod:`pipekern.plan.offload`).
     """
 
     op: str
@@ -57,7 +60,11 @@ class Program(NamedTuple):
     order: tuple[tuple[int, int], ...]
 
 
-def program(schedule: Schedule, skips: Collection[Edge] = ()) -> Program:
+def program(
+    schedule: Schedule,
+    skips: Collection[Edge] = (),
+    collectives: Collectives = Collectives(),  # noqa: B008
+) -> Program:
     """Check ``schedule`` and insert its sends and receives; raises ``ScheduleError`` that lists every fault.
 
     A message is sent as soon as it is made, and received just before its use; messages that come earlier on the same
@@ -71,7 +78,7 @@ def program(schedule: Schedule, skips: Collection[Edge] = ()) -> Program:
                 f"a skip from stage {a} to stage {b} of {schedule.stages}: give a stage, and one at least two after it "
                 "in the same chain; neighbours have their link already"
             )
-    rows = _insert(schedule, skips)
+    rows = _with_collectives(schedule, _insert(schedule, skips), collectives)
     spans = simulate(schedule, UNIT).spans
     slots = _slots(schedule, spans, skips)
     return Program(schedule, rows, slots, bounded_order(schedule, rows, slots, spans))
@@ -120,6 +127,31 @@ def _insert(schedule: Schedule, skips: Collection[Edge]) -> tuple[tuple[Instruct
             out += [Instruction(f"SEND_{kind}", stage, action.microbatch, target) for target in targets]
         rows.append(tuple(out))
     return tuple(rows)
+
+
+def _with_collectives(
+    schedule: Schedule, rows: tuple[tuple[Instruction, ...], ...], collectives: Collectives
+) -> tuple[tuple[Instruction, ...], ...]:
+    if not collectives.gathers and not collectives.reduces:
+        return rows
+    found = []
+    for actions, row in zip(schedule.actions, rows, strict=True):
+        first, last = first_forwards(actions), last_weights(actions)
+        out = [Instruction("GATHER", s, i) for s in first for i in range(collectives.gathers.get(s, 0))]
+        begun: list[Instruction] = []
+        for instruction in row:
+            if begun and instruction.op not in SENDS:
+                out, begun = out + begun, []
+            action = Action(*instruction[:3])
+            if first.get(action.stage) == action and any(collectives.gathers.get(s) for s in first):
+                out.append(Instruction("JOIN", action.stage, 0))
+            out.append(instruction)
+            if last.get(action.stage) == action:
+                begun = [
+                    Instruction("REDUCE", action.stage, i) for i in range(collectives.reduces.get(action.stage, 0))
+                ]
+        found.append((*out, *begun))
+    return tuple(found)
 
 
 def _last_uses(schedule: Schedule) -> dict[tuple[int, int], Action]:
@@ -210,7 +242,7 @@ class _BoundedRun:
             if not self._arrived[instruction.edge]:
                 return False
             self._arrived[instruction.edge] -= 1
-        elif self._last[stage, microbatch].op == op:
+        elif op in COMPUTE and self._last[stage, microbatch].op == op:
             for link in self._into[stage]:
                 ring = self._ring[link]
                 ring[ring.index(microbatch)] = -1

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipekern.errors import ScheduleError
 
 if TYPE_CHECKING:
+    from pipekern.schedule.collectives import Collectives
     from pipekern.schedule.comms import Program
     from pipekern.schedule.simulate import Costs
     from pipekern.trace.timeline import Timeline
@@ -158,11 +159,13 @@ class Schedule:
         """Raise ``ScheduleError`` that lists every fault, if there is any."""
         self.program()
 
-    def program(self, skips: Collection[tuple[int, int]] = ()) -> Program:
-        """This schedule with sends and receives; ``skips`` and errors as in :func:`pipekern.schedule.comms.program`."""
+    def program(self, skips: Collection[tuple[int, int]] = (), collectives: Collectives | None = None) -> Program:
+        """This schedule with sends and receives; arguments and errors as in
+        :func:`pipekern.schedule.comms.program`.
+        """
         from pipekern.schedule.comms import program
 
-        return program(self, skips)
+        return program(self, skips, *([] if collectives is None else [collectives]))
 
     def simulate(self, costs: Costs) -> Timeline:
         """The exact timeline under ``costs``; raises ``ScheduleError`` where the order deadlocks."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from pipekern.errors import ConfigError, ScheduleError
+from pipekern.schedule.collectives import first_forwards, last_weights
 from pipekern.schedule.exact import fractions, number, scaled
 from pipekern.schedule.ir import Action, Schedule
 from pipekern.schedule.order import explain, sequential
@@ -30,7 +31,9 @@ class Costs:
     ``backward`` is the input gradient (B), ``weight`` the weight gradient (W), ``pair`` an overlapped F and BW
     (default: their sum). ``comm`` is one message's latency, or a list with one value for each pair of
     neighbouring stages (value ``s`` between stages ``s`` and ``s + 1``). ``kept`` is the share of an activation that
-    stays from its B to its W. Raises ``ConfigError`` for a value that is negative or not finite.
+    stays from its B to its W. ``gather`` and ``reduce`` are the times in which a rank fetches and sums what is between
+    the replicas of its share, one stage after the other, beside its work: all fetching begins with the step, a sum
+    once a stage's last weight work has ended. Raises ``ConfigError`` for a value that is negative or not finite.
     """
 
     forward: Cost
@@ -39,9 +42,11 @@ class Costs:
     comm: Cost = 0
     kept: float = 1.0
     pair: Cost | None = None
+    gather: Cost = 0
+    reduce: Cost = 0
 
     def __post_init__(self) -> None:
-        for name in ("forward", "backward", "weight", "comm", "kept", "pair"):
+        for name in ("forward", "backward", "weight", "comm", "kept", "pair", "gather", "reduce"):
             value = getattr(self, name)
             if value is not None:
                 fractions(name, value if isinstance(value, Sequence) else [value])
@@ -60,6 +65,8 @@ class _Ticks:
     both: list[int]
     comm: list[int]
     pair: list[int]
+    gather: list[int]
+    reduce: list[int]
 
     @classmethod
     def of(cls, schedule: Schedule, costs: Costs) -> _Ticks:
@@ -70,7 +77,8 @@ class _Ticks:
         comm = _exact("comm", costs.comm, [1] * (schedule.stages - 1))
         both = [b + w for b, w in zip(backward, weight, strict=True)]
         pair = [] if costs.pair is None else _exact("pair", costs.pair, shares, schedule.slices)
-        scale, ticks = scaled(forward, backward, weight, both, comm, pair)
+        gather, reduce = (_exact(n, c, shares) for n, c in (("gather", costs.gather), ("reduce", costs.reduce)))
+        scale, ticks = scaled(forward, backward, weight, both, comm, pair, gather, reduce)
         return cls(scale, *ticks)
 
     def of_op(self, op: str) -> list[int]:
@@ -100,10 +108,11 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
         run.step(rank, index)
     scale = run.ticks.scale
     starts = [row[0][1] if row else 0 for row in run.spans]
+    run.reduce()
     makespan = max(run.clock, default=0)
     span = max((end - start for start, end in zip(starts, run.clock, strict=True)), default=0)
     return Timeline(
-        spans=tuple(_span(rank, *one, scale) for rank, row in enumerate(run.spans) for one in row),
+        spans=tuple(_span(rank, *one, scale) for rank in range(schedule.ranks) for one in run.row(rank)),
         makespan=number(makespan, scale),
         span=number(span, scale),
         busy=[number(busy, scale) for busy in run.busy],
@@ -124,6 +133,33 @@ class _Run:
         self.messages = 0
         self._output = [[0] * schedule.units for _ in range(schedule.stages)]
         self._gradient = [[0] * schedule.units for _ in range(schedule.stages)]
+        self._collectives: list[list[tuple[Action, int, int]]] = [[] for _ in range(schedule.ranks)]
+        self._gathered = [0] * schedule.stages
+        for rank, row in enumerate(schedule.actions):
+            self._collect(rank, "GATHER", [(stage, 0, ticks.gather[stage]) for stage in first_forwards(row)])
+
+    def _collect(self, rank: int, op: str, works: Sequence[tuple[int, int, int]]) -> int:
+        """Stages, when each could begin, and how long it takes: one after the other. Returns the end of the last."""
+        clock = 0
+        for stage, begin, cost in works:
+            if cost:
+                begin = max(begin, clock)
+                clock = begin + cost
+                self._collectives[rank].append((Action(op, stage, 0), begin, clock))
+            if op == "GATHER":
+                self._gathered[stage] = clock
+        return clock
+
+    def reduce(self) -> None:
+        """Sum the gradients of every stage, after its last weight work; a rank has ended when its last sum has."""
+        for rank, row in enumerate(self.schedule.actions):
+            ends = {action: end for action, _, end in self.spans[rank]}
+            works = [(stage, ends[action], self.ticks.reduce[stage]) for stage, action in last_weights(row).items()]
+            self.clock[rank] = max(self.clock[rank], self._collect(rank, "REDUCE", works))
+
+    def row(self, rank: int) -> list[tuple[Action, int, int]]:
+        """What a rank does, in its order, and what goes between replicas meanwhile."""
+        return self.spans[rank] + self._collectives[rank]
 
     def step(self, rank: int, index: int) -> None:
         row = self.schedule.actions[rank]
@@ -152,6 +188,7 @@ class _Run:
     def _arrival(self, rank: int, action: Action) -> int:
         """When the last message that ``action`` needs is there; its own rank's results are there in any case."""
         op, stage, microbatch = action
+        ready = self._gathered[stage] if op == "F" else 0
         if op == "F":
             source, link, made = self.schedule.previous_stage(stage), stage - 1, self._output
         elif op == "W":
@@ -159,9 +196,9 @@ class _Run:
         else:
             source, link, made = self.schedule.next_stage(stage), stage, self._gradient
         if source is None or self.schedule.stage_rank[source] == rank:
-            return 0
+            return ready
         self.messages += 1
-        return made[source][microbatch] + self.ticks.comm[link]
+        return max(ready, made[source][microbatch] + self.ticks.comm[link])
 
     def _done(self, rank: int, action: Action, start: int, end: int) -> None:
         op, stage, microbatch = action

@@ -126,15 +126,13 @@ def _trace(root: nn.Module, path: str, arguments: Arguments) -> fx.Graph:
     except Exception as error:
         raise UntraceableError(
             f"the forward of {type(root).__name__} cannot be traced around self.{path}: {error}. Keep branches on "
-            "tensor "
-            "values inside the layers, or give an nn.Sequential or a list of pk.LayerSpec"
+            "tensor values inside the layers, or give an nn.Sequential or a list of pk.LayerSpec"
         ) from error
     for node in graph.nodes:
         if node.op == "get_attr" and isinstance(node.target, str) and node.target.startswith("_tensor_constant"):
             raise UntraceableError(
                 f"the forward of {type(root).__name__} makes a tensor from Python values ({node.target}), which a "
-                "trace would "
-                "freeze; register it as a buffer"
+                "trace would freeze; register it as a buffer"
             )
     return graph
 

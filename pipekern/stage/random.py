@@ -30,10 +30,13 @@ def layer_key(seed: int, index: int) -> int:
     return mix(seed, 1, index)
 
 
-def unit_keys(seed: int, microbatches: int, units: Iterable[int]) -> list[list[int]]:
-    """``keys[microbatch][i]`` of the i-th of ``units``; the step's own key is combined with it by exclusive or."""
+def unit_keys(seed: int, microbatches: Iterable[int], units: Iterable[int]) -> list[list[int]]:
+    """For each of ``microbatches`` the keys of ``units``; the step's own key is combined with it by exclusive or.
+
+    Micro-batches are counted over the replicas: those of the second follow on those of the first.
+    """
     indices = list(units)
-    return [[mix(seed, 2, microbatch, unit) for unit in indices] for microbatch in range(microbatches)]
+    return [[mix(seed, 2, microbatch, unit) for unit in indices] for microbatch in microbatches]
 
 
 def step_key(seed: int, step: int) -> int:

@@ -8,24 +8,36 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipekern.errors import ConfigError
 from pipekern.stage.chain import Forward, chains
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.head import Head
+from pipekern.stage.offload import Offload
 from pipekern.stage.unit import Unit
 from pipekern.stage.work import Work
 from pipekern.transport.message import refuse
 from pipekern.transport.value import distinct, map_tensors, tensors
 
+_Root = torch.Tensor | GradientEdge
+_REFUSED = {  # what torch says, and what it means here
+    "a leaf Variable that requires grad": "writes into its input in place, which autograd forbids on a received "
+    "tensor; write to a copy, or give the module that writes an attribute `inplace = True`, and the stage copies its "
+    "input",
+    "yet support saved tensor hooks": "uses torch.func within its forward, which cannot be put away nor run again; use "
+    "torch.autograd.grad, or leave out offload and recompute",
+}
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")
 
 
 class Stash(NamedTuple):
-    """What a forward leaves for its backward: the leaves it came from, and the outputs a gradient will come for."""
+    """What a forward leaves for its backward: the leaves it came from, and the outputs a gradient will come for, of
+    one that is put away their places in the graph.
+    """
 
     leaves: list[torch.Tensor]
-    outputs: list[torch.Tensor]
+    outputs: Sequence[_Root]
 
 
 class Stage:
@@ -35,7 +47,8 @@ class Stage:
     unit i (see ``random.py``). Values between stages are those of ``transport/message.py``.
     With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off. ``recompute[i]``
     says what of unit i is made again in the backward, see ``recompute.py``; by default nothing. A ``head`` is left to
-    the loss, which is given its input.
+    the loss, which is given its input. ``dtype`` is what the model's first stage makes of a batch's floats. ``offload``
+    says which micro-batches are put away between forward and backward.
     """
 
     def __init__(
@@ -49,10 +62,13 @@ class Stage:
         defers: bool = False,
         recompute: Sequence[str] = (),
         head: Head | None = None,
+        dtype: torch.dtype | None = None,
+        offload: Offload | None = None,
     ):
         self.index = index
         self._root = root
         self.head = head
+        self._dtype = dtype if index == 0 else None
         self.units = list(units)
         self.device = device
         again = recompute or ["none"] * len(units)
@@ -65,10 +81,11 @@ class Stage:
         self._keys = keys
         self._stash: dict[int, Stash] = {}
         self._work: dict[int, list[Work]] = {}
-        modules = [module for unit in units for module in unit.train.modules()]
-        self._deferral = Deferral(modules) if defers else None
+        self._modules = [module for unit in units for module in unit.train.modules()]
+        self._deferral = Deferral(self._modules) if defers else None
         self._deferring: AbstractContextManager[None] = self._deferral or nullcontext()
         self._fresh: list[nn.Parameter] = []
+        self._offload = offload
         self._copies_input = any(_writes_in_place(unit.train) for unit in units)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -77,8 +94,8 @@ class Stage:
 
     @property
     def live(self) -> int:
-        """Micro-batches of which it holds something: forward done, weight work not."""
-        return len(self._stash) + len(self._work)
+        """Micro-batches of which it holds something: forward done, weight work not, and not away."""
+        return len(self._stash) + len(self._work) - (0 if self._offload is None else len(self._offload.away))
 
     def begin(self) -> None:
         """Start a step."""
@@ -93,30 +110,58 @@ class Stage:
         scalar that the backward starts from.
         """
         leaves = [t for t in _gradient_leaves(value) if t.is_leaf]  # a batch may have a graph of its own before it
+        value = cast(value, self._dtype)
+        offload, given = self._away(microbatch), tensors(value) if self.index == 0 else []
+        if offload is not None:
+            value = map_tensors(_seen_from_graph, value)
         if self._copies_input:  # a batch too: micro-batches are views of it, and autograd takes all for written
             value = map_tensors(torch.clone, value)
         try:
-            with self._deferring:
+            with self._deferring, nullcontext() if offload is None else offload.saving(microbatch):
                 keys = [key ^ step_key for key in self._keys[microbatch]]
                 run = self._forward if loss is None else self._to_loss
                 value = run[self._root.training](keys, value)
                 if loss is not None:  # it may go backward on its own through layers that put work off
                     value = loss(value)
         except RuntimeError as error:
-            if "a leaf Variable that requires grad" not in str(error):
+            text = next((text for sign, text in _REFUSED.items() if sign in str(error)), None)
+            if text is None:
                 raise
-            raise ConfigError(
-                f"stage {self.index} writes into its input in place, which autograd forbids on a received tensor; "
-                "write "
-                "to a copy, or give the module that writes an attribute `inplace = True`, and the stage copies its "
-                "input"
-            ) from error
+            raise ConfigError(f"stage {self.index} {text}") from error
         # What could not travel is refused here, also where the next stage is on this rank: it may hide tensors.
-        self._stash[microbatch] = Stash(leaves, _gradient_leaves(value, refuse))
+        outputs = _gradient_leaves(value, refuse)
+        if offload is None:
+            self._stash[microbatch] = Stash(leaves, outputs)
+        else:
+            offload.put(microbatch, [*given, *self._state()])
+            self._stash[microbatch] = Stash(leaves, [get_gradient_edge(output) for output in outputs])
         return value
+
+    def _state(self) -> list[torch.Tensor]:
+        """Parameters and buffers as they are now: what shards them has others in a step than before it."""
+        held = (t for m in self._modules for t in (*m._parameters.values(), *m._buffers.values()))
+        return [t for t in held if t is not None]
+
+    def _away(self, microbatch: int) -> Offload | None:
+        """The offload, if it takes this micro-batch."""
+        return self._offload if self._offload is not None and self._offload.takes(microbatch) else None
+
+    def put_away(self, microbatch: int) -> None:
+        """AWAY: let go of what the forward has left on the device, which is in host memory by now."""
+        assert self._offload is not None
+        self._offload.settle(microbatch)
+        for leaf in self._stash[microbatch].leaves if self.index > 0 else ():  # a batch is its owner's
+            if leaf.is_contiguous():  # else the layout that its gradient will have would change
+                leaf.data = leaf.new_zeros(()).expand(leaf.shape)
+
+    def bring_back(self, microbatch: int) -> None:
+        """BACK: begin to bring back what was put away, for the backward."""
+        assert self._offload is not None
+        self._offload.fetch(microbatch)
 
     def evaluate(self, value: Any, loss: Callable[[Any], torch.Tensor] | None = None) -> Any:
         """Run the units without random numbers or gradients, and ``loss``; the caller holds ``torch.no_grad()``."""
+        value = cast(value, self._dtype)
         if loss is None:
             return self._evaluate(self._keys[0], value)
         return loss(self._evaluate_to_loss(self._keys[0], value))
@@ -139,6 +184,8 @@ class Stage:
     def backward_input(self, microbatch: int, gradients: Any) -> Any:
         """As :meth:`backward`, but that weight gradients which can wait are put off."""
         leaves, outputs = self._stash.pop(microbatch)
+        if (offload := self._away(microbatch)) is not None:
+            offload.join(microbatch)
         with self._deferring:
             if len(outputs) == 1 and isinstance(gradients, torch.Tensor):
                 torch.autograd.backward(outputs[0], gradients)
@@ -159,6 +206,8 @@ class Stage:
         self._work.clear()
         if self._deferral is not None:
             self._deferral.take()
+        if self._offload is not None:
+            self._offload.clear()
 
 
 def _ways(
@@ -193,6 +242,11 @@ def _own_gradients(fresh: Sequence[nn.Parameter], used: Sequence[torch.Tensor | 
     return [p for p in fresh if p.grad is None]
 
 
+def cast(value: Any, dtype: torch.dtype | None) -> Any:
+    """``value`` with its floats in ``dtype``; as it is for None."""
+    return value if dtype is None else map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, value)
+
+
 def detached(value: Any) -> Any:
     """The same tensors as leaves of a new graph, each requiring a gradient if it did: what a stage on the same rank
     gets.
@@ -209,16 +263,22 @@ def _gradient_leaves(value: Any, other: Callable[[Any], object] | None = None) -
     return [t for t in distinct(tensors(value, other)) if t.requires_grad]
 
 
+def _seen_from_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """A view where ``tensor`` is a leaf, so that a graph which holds the leaf need not hold its memory."""
+    return tensor.view_as(tensor) if tensor.requires_grad and tensor.is_leaf else tensor
+
+
 def _take_grad(leaf: torch.Tensor) -> torch.Tensor | None:
     grad, leaf.grad = leaf.grad, None
     return grad
 
 
-def _backward_many(outputs: Sequence[torch.Tensor], gradients: Any) -> None:
+def _backward_many(outputs: Sequence[_Root], gradients: Any) -> None:
     given = gradients if isinstance(gradients, list) else [gradients] * len(outputs)
     pairs = [(output, grad) for output, grad in zip(outputs, given, strict=True) if grad is not None]
     if pairs:
-        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+        roots: Any = [output for output, _ in pairs]
+        torch.autograd.backward(roots, [grad for _, grad in pairs])
 
 
 def _writes_in_place(module: nn.Module) -> bool:

@@ -52,6 +52,12 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype:
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
+def _sum_dtype(*parameters: Tensor | None) -> torch.dtype | None:
+    """float32 where one of these, of 16 bits, has a gradient in float32: what is added to it is not rounded before."""
+    wide = [p for p in parameters if p is not None and p.dtype.itemsize < 4 and gradient_dtype(p) is torch.float32]
+    return torch.float32 if wide else None
+
+
 def _go_together(value: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a product takes them: of one dtype, or of any that autocast makes one."""
     dtype = weight.dtype
@@ -136,8 +142,7 @@ def _matrix(value: Tensor) -> Tensor:
 @torch.no_grad()
 def _linear_weight(weight: Tensor, bias: Tensor | None, value: Tensor, gradient: Tensor) -> None:
     rows, columns = _matrix(gradient), _matrix(value)
-    main = weight.dtype.itemsize < 4 and gradient_dtype(weight) is torch.float32
-    if main and (weight.grad is None or weight.grad.layout is torch.strided):
+    if _sum_dtype(weight) and (weight.grad is None or weight.grad.layout is torch.strided):
         beta = 0.0 if weight.grad is None else 1.0
         if weight.grad is None:
             weight.grad = torch.empty_like(weight, dtype=torch.float32)
@@ -146,7 +151,7 @@ def _linear_weight(weight: Tensor, bias: Tensor | None, value: Tensor, gradient:
         # Not addmm_: it rounds otherwise than autograd, 2.9 times as far for narrow layers, to save 2 % of W at 256.
         _add(weight, rows.t().mm(columns))
     if bias is not None:
-        _add(bias, rows.sum(0))
+        _add(bias, rows.sum(0, dtype=_sum_dtype(bias)))
 
 
 # Convolutions
@@ -181,13 +186,7 @@ def _convolution(
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        value: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        put: Put,
-        plain: Function,
-        options: Any,
+        ctx: Any, value: Tensor, weight: Tensor, bias: Tensor | None, put: Put, plain: Function, options: Any
     ) -> Tensor:
         used = weight.to(value.dtype)
         ctx.save_for_backward(value, used)
@@ -222,6 +221,7 @@ def _convolution_backward(
 def _convolution_weight(
     weight: Tensor, bias: Tensor | None, used: Tensor, options: Any, value: Tensor, gradient: Tensor
 ) -> None:
+    gradient, value, used = (tensor.to(dtype=_sum_dtype(weight, bias)) for tensor in (gradient, value, used))
     _, own, of_bias = _convolution_backward(gradient, value, used, options, (False, True, bias is not None))
     assert own is not None
     _add(weight, own)
@@ -274,7 +274,8 @@ class _Embedding(torch.autograd.Function):
 
 @torch.no_grad()
 def _embedding_weight(weight: Tensor, options: Any, indices: Tensor, gradient: Tensor) -> None:
-    _add(weight, torch.ops.aten.embedding_dense_backward(gradient, indices, *options))
+    wide = gradient.to(dtype=_sum_dtype(weight))
+    _add(weight, torch.ops.aten.embedding_dense_backward(wide, indices, *options))
 
 
 _CONVOLUTIONS = {

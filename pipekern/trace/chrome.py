@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipekern.errors import ConfigError
-from pipekern.trace.timeline import WAITS, Span, Timeline
+from pipekern.trace.timeline import COLLECTIVES, WAITS, Span, Timeline
 
 _FIGURES = ("makespan", "span", "busy", "peak_activations", "messages")
 
@@ -32,11 +32,12 @@ def _meta(kind: str, rank: int, **args: Any) -> dict[str, Any]:
 
 
 def _event(span: Span) -> dict[str, Any]:
+    beside = span.op in COLLECTIVES  # another process of the picture, for they overlap the rank's work
     return {
         "ph": "X",
         "name": f"{span.op}{span.microbatch}",
-        "cat": "wait" if span.op in WAITS else "compute",
-        "pid": 0,
+        "cat": "wait" if span.op in WAITS else "collective" if beside else "compute",
+        "pid": int(beside),
         "tid": span.rank,
         "ts": span.start,
         "dur": span.end - span.start,

@@ -23,7 +23,7 @@ from pipekern.trace.figure import (
     save,
     time_unit,
 )
-from pipekern.trace.timeline import Span, Timeline
+from pipekern.trace.timeline import COLLECTIVES, Span, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +44,11 @@ _LOOKS = {
     "BW": _Look("BW whole backward", YELLOW, "\\\\", "black"),
     "RECV": _Look("wait to receive", "#DDDDDD", "xxx", ""),
     "SEND": _Look("wait to send", PURPLE, "ooo", ""),
+    "JOIN": _Look("wait for values", "#BBBBBB", "+++", ""),
+    "GATHER": _Look("gather values", "#56B4E9", "", ""),
+    "REDUCE": _Look("sum gradients", "#882255", "", ""),
+    "AWAY": _Look("put away", "#BBBBBB", "--", ""),
+    "BACK": _Look("bring back", "#999999", "||", ""),
 }
 
 
@@ -105,7 +110,9 @@ def _bars(timeline: Timeline) -> Iterator[_Bar]:
         held[rank].append(stage)
     places = {id(part): half for pair in _pairs(timeline) for part, half in zip(pair, (-0.4, 0.0), strict=True)}
     for span in timeline.spans:
-        if span.end > span.start:
+        if span.op in COLLECTIVES:
+            yield _Bar(span, 0, 0.41, 0.08)
+        elif span.end > span.start:
             top = places.get(id(span))
             chunk = held[span.rank].index(span.stage)
             yield _Bar(span, chunk, -0.4, 0.8) if top is None else _Bar(span, chunk, top, 0.4)

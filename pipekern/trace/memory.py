@@ -34,16 +34,23 @@ def curves(timeline: Timeline, shares: Sequence[float | Fraction], kept: float =
 
     ``shares[s]`` is what one micro-batch (or slice) on stage ``s`` holds, in activations of one micro-batch through
     the rank's whole share. It counts whole from the start of its F to the end of its B, and ``kept`` of it to the end
-    of its W. The highest point of a curve is the rank's ``peak_activations``.
+    of its W; from AWAY to BACK it does not. The highest point of a curve is the rank's ``peak_activations``.
     """
     stays = Fraction(kept)
-    change = {"F": Fraction(1), "B": stays - 1, "W": -stays, "BW": Fraction(-1)}
+    change = {
+        "F": Fraction(1),
+        "B": stays - 1,
+        "W": -stays,
+        "BW": Fraction(-1),
+        "AWAY": Fraction(-1),
+        "BACK": Fraction(1),
+    }
     held = [Fraction(0)] * timeline.ranks
     found: list[Curve] = [[] for _ in held]
     for span in timeline.spans:
         if span.op in change:
             held[span.rank] += Fraction(shares[span.stage]) * change[span.op]
-            found[span.rank].append((span.start if span.op == "F" else span.end, float(held[span.rank])))
+            found[span.rank].append((span.start if span.op in ("F", "BACK") else span.end, float(held[span.rank])))
     return found
 
 

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 COMPUTE = ("F", "B", "W", "BW")
-WAITS = ("SEND", "RECV")
+WAITS = ("SEND", "RECV", "JOIN")
+COLLECTIVES = ("GATHER", "REDUCE")
 
 
 class Span(NamedTuple):
     """One thing that a rank did, from ``start`` to ``end`` in microseconds.
 
-    ``op`` is F, B, W or BW, or SEND and RECV for the wait for a free slot and for a message.
+    ``op`` is F, B, W or BW; SEND, RECV and JOIN for the wait for a free slot, for a message, and for gathered values;
+    GATHER and REDUCE for what goes on between replicas beside the rank's work (``microbatch`` counts buckets); AWAY and
+    BACK where an activation has left the device, and where it begins to come back.
     """
 
     rank: int

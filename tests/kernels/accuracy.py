@@ -17,12 +17,8 @@ def compare(
     theirs: Callable[..., Any],
     *inputs: Tensor | None,
     grads: Sequence[Tensor] = (),
-    factor: float = 3.0,
 ) -> None:
-    """The errors of outputs and gradients must be at most ``factor`` times those of ``theirs`` in the same dtype.
-
-    What is given must stay as it is.
-    """
+    """Outputs and gradients must be as :func:`close` as those of ``theirs``; what is given must stay as it is."""
     given = [t for t in (*inputs, *grads) if t is not None]
     kept = [t.clone() for t in given]
     grads = list(grads)
@@ -30,18 +26,28 @@ def compare(
     own = run(theirs, inputs, grads)
     exact = run(theirs, [None if t is None else t.double() for t in inputs], [grad.double() for grad in grads])
     for i, (a, b, e) in enumerate(zip(got, own, exact, strict=True)):
-        close(a, b, e, factor, f"tensor {i}")
+        close(a, b, e, f"tensor {i}")
     assert all(map(torch.equal, given, kept))
 
 
-def close(a: Tensor, b: Tensor, e: Tensor, factor: float = 3.0, name: str = "") -> None:
-    """``a`` at most ``factor`` times as far from ``e`` as ``b``, or half a unit of the largest value's last place."""
+def close(a: Tensor, b: Tensor, e: Tensor, name: str = "") -> None:
+    """The error of ``a`` against ``e``, its root mean square, must be at most twice that of ``b``.
+
+    The largest of ``a`` at most three times, for the largest of a few roundings is chance. The error of ``b`` counts as
+    a unit in the last place, at least: that of the root mean square, or of the largest value.
+    """
     assert a.shape == e.shape, name
     if not e.numel():
         return
-    unit = torch.finfo(a.dtype).eps / 2 * e.abs().max()
-    error, allowed = (a.double() - e).abs().max(), factor * torch.maximum((b.double() - e).abs().max(), unit)
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    ours, theirs, values = (a.double() - e).abs(), (b.double() - e).abs(), e.abs()
+    for kind, factor in ((_root_mean_square, 2), (torch.max, 3)):
+        error, unit = kind(ours), torch.finfo(a.dtype).eps * kind(values)
+        allowed = factor * torch.maximum(kind(theirs), unit)
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
 
 
 def run(op: Callable[..., Any], inputs: Sequence[Tensor | None], grads: list[Tensor]) -> list[Tensor]:

@@ -142,6 +142,15 @@ def test_skipped_on_the_device(value: float, zero: bool, device: str) -> None:
     assert model.progress.tolist() == [1, 0]
 
 
+def test_a_norm_that_overflows_skips_the_step(device: str) -> None:
+    """All values are finite, their squares' sum is not: clipped, every gradient would be zero."""
+    model = Model(device, max_norm=1.0)
+    before = [t.clone() for t in model.tensors()]
+    model.step([grad * 1e20 for grad in draw(device)])
+    assert all(map(torch.equal, model.tensors(), before))
+    assert model.progress.tolist() == [0, 0]
+
+
 def test_bfloat16_parameters_rounded_at_random(device: str) -> None:
     """Steps of a hundredth of the last place: rounding to the nearest loses all of them, this keeps their mean."""
     size = 6000
@@ -165,6 +174,10 @@ def test_refused(device: str) -> None:
         adamw_step(model.table, model.hyper[0], model.progress)
     with pytest.raises(ConfigError, match="two zeros of int32 at first"):
         adamw_step(model.table, model.hyper, model.progress.float())
+    zeros = torch.zeros(4, 3, device=device)
+    for stats in (zeros[:, :2].double(), zeros[:, 0], zeros[:, 1:]):
+        with pytest.raises(ConfigError, match=r"stats is .*\[n, 2\] of float32, contiguous"):
+            adamw_step(model.table, model.hyper, model.progress, stats)
     with pytest.raises(ConfigError, match="leave it out"):
         adamw_step(model.table, model.hyper, model.progress, stochastic_rounding=True)
     low = [grad.bfloat16() for grad in model.grads]

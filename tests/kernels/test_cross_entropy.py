@@ -54,6 +54,24 @@ def test_as_torch(dtype: torch.dtype, classes: int, reduction: str, device: str)
     beside_torch(logits, target, reduction=reduction, ignore_index=-1, label_smoothing=0.2, z_loss=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stride"),
+    [(torch.float32, 8203), (torch.bfloat16, 8203), (torch.bfloat16, 8204), (torch.float16, 8216)],
+)
+def test_rows_that_begin_anywhere(dtype: torch.dtype, stride: int, device: str) -> None:
+    """An odd number of classes: rows are read from their first multiple of 16 bytes on, what is before it last."""
+    memory = 3 * torch.randn(5, stride, device=device).to(dtype)
+    logits, target = memory[:, :8203], torch.tensor([0, 8202, 5, -100, 8196], device=device)
+    beside_torch(logits, target)
+    beside_torch(logits, target, label_smoothing=0.2, z_loss=1e-2)
+    want = torch.autograd.grad(cross_entropy(logits.requires_grad_(), target), logits)[0]
+    leaf = memory.detach().clone().requires_grad_()
+    row = (leaf * 1)[:, :8203]  # a copy that is the loss's own
+    cross_entropy(row, target, overwrite=True).backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad[:, :8203], want)
+
+
 @pytest.mark.parametrize("gap", [1.0, 8.0, 14.0, 30.0])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_confident_logits(gap: float, offset: float, device: str) -> None:

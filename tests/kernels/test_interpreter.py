@@ -1,4 +1,5 @@
-"""The kernels without a GPU: the tests of this folder once more, in a process in which Triton interprets them.
+"""The kernels without a GPU: the tests of this folder, and those of the optimizer over them, once more, in a process in
+which Triton interprets them.
 
 The variable must be set before Triton is imported, and holds for the whole process, hence one of its own.
 """
@@ -32,6 +33,7 @@ def test_kernels_interpreted() -> None:
         "-W",
         "ignore::RuntimeWarning",
         str(HERE),
+        str(HERE.parent / "optim" / "test_adamw.py"),
     ]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parents[1], capture_output=True, text=True

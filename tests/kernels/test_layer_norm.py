@@ -40,13 +40,21 @@ def test_golden(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [1, 33, 256])
+@pytest.mark.parametrize("columns", [2, 33, 40, 256])
 @pytest.mark.parametrize("kind", ["plain", "weight", "bias", "residual"])
 def test_as_torch(dtype: torch.dtype, columns: int, kind: str, device: str) -> None:
     x, residual = (torch.randn(5, 7, columns, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(columns, device=device).to(dtype) if kind in ("weight", "residual") else None
     bias = torch.randn(columns, device=device).to(dtype) if kind in ("bias", "residual") else None
     compare(own_norm, torch_norm, x, weight, bias, residual if kind == "residual" else None)
+
+
+def test_rows_of_one(device: str) -> None:
+    """Nothing is left but the bias."""
+    x, bias = torch.randn(9, 1, device=device, requires_grad=True), torch.tensor([3.0], device=device)
+    y = layer_norm(x, torch.ones_like(bias), bias, EPS)
+    assert y.flatten().tolist() == [3.0] * 9
+    assert not torch.autograd.grad(y.sum(), x)[0].any()
 
 
 @pytest.mark.parametrize("columns", [9000, 20000])

@@ -38,12 +38,21 @@ def test_golden(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [1, 33, 256])
+@pytest.mark.parametrize("columns", [2, 33, 40, 256])
 @pytest.mark.parametrize("kind", ["plain", "weight", "residual"])
 def test_as_torch(dtype: torch.dtype, columns: int, kind: str, device: str) -> None:
     x, residual = (torch.randn(5, 7, columns, device=device).to(dtype) for _ in range(2))
     weight = None if kind == "plain" else torch.randn(columns, device=device).to(dtype)
     compare(own_norm, torch_norm, x, weight, residual if kind == "residual" else None)
+
+
+def test_rows_of_one(device: str) -> None:
+    """x / |x|, whose slope is nought: what comes of the gradient is a rounding of its terms."""
+    x, weight = torch.randn(9, 1, device=device, requires_grad=True), torch.tensor([3.0], device=device)
+    y = rms_norm(x, weight, 0.0)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(y, 3 * x.sign(), rtol=1e-6)
+    assert (dx.abs() <= 1e-6 * (3 / x).abs()).all()
 
 
 @pytest.mark.parametrize("columns", [9000, 20000])

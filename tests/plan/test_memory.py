@@ -55,3 +55,14 @@ def test_sizes_for_a_reader() -> None:
 def test_wrong_bytes() -> None:
     with pytest.raises(ConfigError, match="gradients=-1 bytes a parameter"):
         ParameterBytes(1, -1, 1)
+
+
+def test_bytes_over_replicas() -> None:
+    """With bf16 on 4 replicas: 2 + 4 + 12 bytes a parameter; then moments and masters, gradients, weights in shares."""
+    assert ParameterBytes(2, 4, 12) == MIXED.over(4, 0)
+    assert MIXED.over(4, 1) == ParameterBytes(2, 4 + 1, 3)
+    assert MIXED.over(4, 2, resting=True) == ParameterBytes(2, 1, 3)
+    assert MIXED.over(4, 3, resting=True) == ParameterBytes(0, 1, 3)
+    assert FLOAT32.over(4, 3, resting=True) == ParameterBytes(0, 1, (8 + 4) / 4)
+    with pytest.raises(ConfigError, match="replicas=0"):
+        MIXED.over(0, 1)

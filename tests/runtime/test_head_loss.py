@@ -122,7 +122,7 @@ def test_no_logits(fuse_loss: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision(dtype: torch.dtype, seed: int) -> None:
-    """float32 goes straight into ``.grad``; both are at most three times as far from float64 as torch's own."""
+    """float32 goes straight into ``.grad``; in both the largest error is at most three times torch's own."""
     exact, (x, target) = classifier().double(), batch(24)
     wanted = dict(exact.named_parameters())
     F.cross_entropy(exact(x), target).backward()

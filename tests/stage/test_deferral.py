@@ -192,3 +192,66 @@ def test_what_weight_work_waits_for_must_not_be_written(written: str) -> None:
     (work,) = deferral.take()
     with pytest.raises(ConfigError, match="written in place"):
         work()
+
+
+MAIN_GRADIENTS = pytest.mark.skipif(
+    not hasattr(Tensor, "grad_dtype"), reason="needs torch with Tensor.grad_dtype: a float32 gradient of 16 bits"
+)
+
+
+def with_main_gradients(module: nn.Module, start: float = 0.0) -> nn.Module:
+    """In bfloat16, with gradients in float32 that are there."""
+    for p in module.bfloat16().parameters():
+        p.grad_dtype = torch.float32
+        p.grad = torch.full_like(p, start, dtype=torch.float32)
+    return module
+
+
+def accumulate(module: nn.Module, x: Tensor, gradient: Tensor, times: int) -> None:
+    deferral = Deferral(module.modules())
+    for _ in range(times):
+        with deferral:
+            module(x).backward(gradient)
+        for work in deferral.take():
+            work()
+
+
+@MAIN_GRADIENTS
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: nn.Linear(1, 1), (1, 1)), (lambda: nn.Conv1d(1, 1, 1), (1, 1, 1)), (lambda: nn.Embedding(1, 1), None)],
+)
+def test_small_gradients_do_not_get_lost(make: Callable[[], nn.Module], shape: tuple[int, ...] | None) -> None:
+    """1024 times 1e-3 onto 1: bfloat16 stays at 1, float32 comes to 2.024."""
+    module = with_main_gradients(make(), start=1.0)
+    x = torch.zeros(1, dtype=torch.int64) if shape is None else torch.ones(shape, dtype=torch.bfloat16)
+    accumulate(module, x, torch.full_like(module(x), 1e-3), 1024)
+    for p in module.parameters():
+        assert p.grad is not None
+        assert p.grad.dtype == torch.float32
+        assert p.grad.item() == pytest.approx(2.024, abs=1e-3)
+
+
+@MAIN_GRADIENTS
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(5, 7), (500, 5)),
+        (lambda: nn.Conv1d(3, 4, 3), (8, 3, 60)),
+        (lambda: nn.Conv2d(3, 4, 3), (4, 3, 12, 12)),
+        (lambda: nn.Embedding(3, 6), None),
+    ],
+)
+def test_sums_within_a_micro_batch_are_float32(make: Callable[[], nn.Module], shape: tuple[int, ...] | None) -> None:
+    """Products and sums over its samples too: as in float64 to float32's precision, 16 bits are 3 digits."""
+    module = with_main_gradients(make())
+    x = torch.randint(3, (400,)) if shape is None else torch.randn(shape).bfloat16()
+    gradient = torch.randn_like(module(x).detach())
+    exact = copy.deepcopy(module).double()
+    exact.zero_grad()
+    accumulate(module, x, gradient, 1)
+    exact(x if shape is None else x.double()).backward(gradient.double())
+    for p, q in zip(module.parameters(), exact.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        torch.testing.assert_close(p.grad.double(), q.grad.double(), rtol=1e-5, atol=1e-4)

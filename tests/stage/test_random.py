@@ -32,7 +32,7 @@ def test_every_bit_of_every_word_counts(words: list[int], place: int, bit: int) 
 def test_no_two_keys_of_a_large_job_are_equal() -> None:
     """Units, micro-batches and steps, with the weights' keys, under one seed."""
     keys = {layer_key(7, index) for index in range(200)}
-    units = unit_keys(7, 50, range(200))
+    units = unit_keys(7, range(50), range(200))
     for step in range(20):
         keys |= {key ^ step_key(7, step) for row in units for key in row}
     assert len(keys) == 200 + 20 * 50 * 200
@@ -40,7 +40,7 @@ def test_no_two_keys_of_a_large_job_are_equal() -> None:
 
 def test_keys_of_a_stage_are_those_of_its_units() -> None:
     """Whatever the split: units 3 to 5 have the same keys in a stage of their own as in the whole model."""
-    whole, part = unit_keys(1, 4, range(8)), unit_keys(1, 4, range(3, 6))
+    whole, part = unit_keys(1, range(4), range(8)), unit_keys(1, range(4), range(3, 6))
     assert part == [row[3:6] for row in whole]
 
 

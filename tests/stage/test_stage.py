@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def _stage(*layers: nn.Module, microbatches: int = 4) -> Stage:
     root, units = cut(nn.Sequential(*layers).double(), seed=0)
-    stage = Stage(1, root, units, CPU, unit_keys(0, microbatches, range(len(units))))
+    stage = Stage(1, root, units, CPU, unit_keys(0, range(microbatches), range(len(units))))
     stage.begin()
     return stage
 
@@ -196,7 +196,7 @@ def test_weight_work_waits_and_counts_as_held() -> None:
     """B frees the graph and keeps the micro-batch; W adds the weight gradient, in any order, once."""
     layer = nn.Linear(3, 3)
     root, units = cut(nn.Sequential(layer).double(), seed=0)
-    stage = Stage(0, root, units, CPU, unit_keys(0, 2, range(1)), defers=True)
+    stage = Stage(0, root, units, CPU, unit_keys(0, range(2), range(1)), defers=True)
     stage.begin()
     inputs = [_leaf(2, 3), _leaf(2, 3)]
     for i, x in enumerate(inputs):

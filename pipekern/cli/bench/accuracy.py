@@ -13,7 +13,7 @@ from pipekern.cli.bench.case import SMALL, Case
 from pipekern.cli.bench.cases import cases
 from pipekern.cli.bench.row import Row
 
-FACTOR = 3.0  # times torch's own error, which is taken as half a unit in the last place at least
+FACTOR = 2.0  # times torch's own error, which is taken as a unit in the last place at least
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -42,7 +42,7 @@ def _row(case: Case, dtype: str, contender: str) -> Row:
         if contender == "pipekern":
             raise
         return row._replace(note=f"{type(problem).__name__}: {problem}".splitlines()[0])
-    bounds = [FACTOR * max(b, torch.finfo(a.dtype).eps / 2) for a, b in zip(found, own, strict=True)]
+    bounds = [FACTOR * max(b, torch.finfo(a.dtype).eps) for a, b in zip(found, own, strict=True)]
     close = all(a <= b for a, b in zip(errors, bounds, strict=True))
     return row._replace(error=max(errors), torch_error=max(own), close=close)
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pipekern.cli.arguments import add_costs, add_sizes, costs_of
 from pipekern.cli.output import emit, figures, write_picture, write_schedule
 from pipekern.cli.schedule.given import facts, text_of_rows
+from pipekern.plan.offload import stays
 from pipekern.schedule.search import OBJECTIVES, Placement, SearchResult, search
 from pipekern.trace import text
 from pipekern.trace.timeline import Timeline
@@ -46,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.output is not None:
         write_schedule(best, args.output)
     if args.plot is not None:
-        write_picture(best, costs, args.plot, args.memory)
+        write_picture(stays(best), costs, args.plot, args.memory)
     data = facts(best) | {"objective": args.objective, "lower_bound": best.lower_bound, "gap": best.gap}
     data |= timeline.to_dict() | {"actions": text_of_rows(best)}
     emit(args.json, data, _report(best, timeline, args.objective))

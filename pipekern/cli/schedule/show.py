@@ -10,6 +10,7 @@ from typing import Any
 from pipekern.cli.output import emit, write_picture, write_schedule
 from pipekern.cli.schedule.given import add_schedule, facts, load, text_of_rows
 from pipekern.errors import ScheduleError
+from pipekern.plan.offload import stays
 from pipekern.schedule.ir import Schedule
 from pipekern.schedule.order import part_that_runs
 from pipekern.schedule.simulate import Costs
@@ -41,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     if not _misshapen(schedule):
         notes += [*_drawing(schedule), text.LEGEND]
         if args.plot is not None:
-            write_picture(part_that_runs(schedule), UNIT, args.plot, args.memory)
+            write_picture(stays(part_that_runs(schedule)), UNIT, args.plot, args.memory)
     if args.output is not None:
         write_schedule(schedule, args.output)
     data = about | {"actions": text_of_rows(schedule), "faults": list(faults)}

@@ -26,3 +26,15 @@ def test_picture(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"t.{suffix}"
     assert main(["schedule", "simulate", "zb-h2", *GRID, "--memory", "3", "--kept", "0.5", "-o", str(path)]) == 0
     assert path.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[suffix])
+
+
+def test_golden_offload(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Four micro-batches through one rank: one less at the peak, and how late a slow link makes it."""
+    sizes = ["--ranks", "1", "--microbatches", "4", "--offload", "0.25", "--copy", "3"]
+    assert main(["schedule", "simulate", "gpipe", *sizes]) == 0
+    out = capsys.readouterr().out
+    assert "peak activations a rank: 3\n" in out and "offload: rank 0: 2 away, 4 -> 3 at the peak" in out
+    assert main(["schedule", "simulate", "gpipe", *sizes, "--json", "-o", str(tmp_path / "t.svg")]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["offload"] == [[[0, 1, 3, 4], [0, 2, 4, 5]]] and data["stalls"][0] > 0
+    assert main(["schedule", "simulate", "gpipe", *sizes[:-1], "-1"]) != 0

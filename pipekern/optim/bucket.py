@@ -1,0 +1,259 @@
+"""Parameters of one stage in one memory: what stages compute with, their gradients, and what optimizers change.
+
+    values      what the stage computes with, every parameter a view             n numbers
+    gradients   the step's sums over micro-batches, every ``.grad`` a view       n, in float32 for 16-bit values
+    masters     what an optimizer changes: float32 for 16-bit values, else the values themselves
+    reduced     the sum over replicas
+
+With ``zero`` at least 1 masters and ``reduced`` are this replica's n / replicas alone; at 2 gradients are there from
+``begin`` to ``finish`` only, at 3 values from ``gather`` to ``release`` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipekern.errors import ConfigError
+from pipekern.parallel.replicas import Pending, Replicas
+
+_ALIGNED = 16  # bytes to which each parameter is aligned, as kernels read best
+
+
+class Piece(NamedTuple):
+    """``parameter`` is what an optimizer here changes of the stage's parameter ``of``: its elements from ``start`` on,
+    in the order of a flat view. It has the shape of ``of`` where it is all of it, else one dimension.
+    """
+
+    name: str
+    of: nn.Parameter
+    start: int
+    parameter: nn.Parameter
+
+
+class Bucket:
+    """``parameters``, of one dtype, by name. ``low``: the dtype in which the stage computes, with float32 masters;
+    where it is None, their own.
+
+    Their memory is taken over: each becomes a view. ``replicas`` is None where there is one.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        low: torch.dtype | None,
+        replicas: Replicas | None,
+        zero: int,
+    ):
+        self.names = [name for name, _ in parameters]
+        self.parameters = [parameter for _, parameter in parameters]
+        self._replicas, self._zero = replicas, zero
+        parts, index = (replicas.size, replicas.index) if replicas is not None and zero else (1, 0)
+        first = self.parameters[0]
+        dtype = low or first.dtype
+        self._gradient_dtype = torch.float32 if low else getattr(first, "grad_dtype", None) or dtype
+        step = _ALIGNED // dtype.itemsize
+        sizes = [-(-p.numel() // step) * step for p in self.parameters]
+        self._places = list(accumulate(sizes, initial=0))
+        unit = step * parts
+        self.count = -(-self._places[-1] // unit) * unit
+        self._own = slice(self.count // parts * index, self.count // parts * (index + 1))
+        self._apart = low is not None or zero == 3  # masters have a memory of their own
+        self.values, self.masters = self._laid_out(dtype)
+        self._gradients: Tensor | None = None
+        self._reduced: Tensor | None = None
+        self._pending: Pending | None = None
+        self._version = 0
+        self._zeros: dict[Tensor, int] = {}  # gradients that an optimizer has zeroed, and their versions then
+        self._gradient_of: dict[str, Tensor | None] = {}  # of the pieces, by name
+        self._views_of_gradients: list[Tensor] = []
+        self._fresh: list[int] = []  # versions of the pieces that the values were made of
+        for parameter, view in zip(self.parameters, self._views(self.values), strict=True):
+            parameter.data = view
+            if low is not None:
+                parameter.grad_dtype = torch.float32
+        self.pieces = self._cut()
+        if zero == 3:
+            self.release()
+
+    def _laid_out(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        first = self.parameters[0]
+        flat = torch.zeros(self.count, dtype=first.dtype, device=first.device)
+        for parameter, view in zip(self.parameters, self._views(flat), strict=True):
+            view.copy_(parameter.detach())
+        values = flat.to(dtype)
+        if not self._apart:
+            return values, values[self._own]
+        wide = torch.promote_types(first.dtype, torch.float32)
+        return values, flat[self._own].to(wide, copy=True)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        starts = zip(self._places, self.parameters, strict=False)
+        return [flat[start : start + p.numel()].view(p.shape) for start, p in starts]
+
+    def _cut(self) -> list[Piece]:
+        pieces = []
+        for name, parameter, place in zip(self.names, self.parameters, self._places, strict=False):
+            start, end = max(place, self._own.start), min(place + parameter.numel(), self._own.stop)
+            if start >= end:
+                continue
+            shape = parameter.shape if end - start == parameter.numel() else (end - start,)
+            master = self.masters[start - self._own.start : end - self._own.start].view(shape)
+            piece = nn.Parameter(master) if self._apart or shape != parameter.shape else parameter
+            pieces.append(Piece(name, parameter, start - place, piece))
+        return pieces
+
+    def _part(self, flat: Tensor, piece: Piece, origin: int) -> Tensor:
+        """What ``piece`` covers of ``flat``, whose first element is number ``origin`` of the bucket."""
+        start = self._places[self.names.index(piece.name)] + piece.start - origin
+        return flat[start : start + piece.parameter.numel()].view(piece.parameter.shape)
+
+    # -- a step
+
+    def part(self) -> None:
+        """Before a step: gradients that an optimizer has zeroed are none, and others get a memory of their own."""
+        for piece in self.pieces:
+            grad = piece.parameter.grad
+            if grad is not None and self._zeros.get(grad) == grad._version:
+                piece.parameter.grad = None
+            elif grad is not None and self._replicas is not None:
+                piece.parameter.grad = grad.clone()
+
+    def begin(self) -> None:
+        """Let every gradient be zero, and among replicas a view of their common memory."""
+        if self._replicas is None:
+            for piece in self.pieces:
+                zeros = [grad for grad in (self._gradient_of.get(piece.name),) if grad is not None]
+                piece.of.grad = next((grad for grad in zeros if self._zeros.get(grad) == grad._version), None)
+            return
+        if self._gradients is None:
+            self._gradients = torch.zeros(self.count, dtype=self._gradient_dtype, device=self.values.device)
+            self._views_of_gradients = self._views(self._gradients)
+        else:
+            self._gradients.zero_()
+        for parameter, view in zip(self.parameters, self._views_of_gradients, strict=True):
+            parameter.grad = view
+
+    def reduce(self) -> Pending | None:
+        """Begin the sum over replicas, after the last weight work."""
+        assert self._gradients is not None and self._replicas is not None
+        self._refuse_moved()
+        if self._zero:
+            if self._reduced is None:
+                self._reduced = self._gradients.new_empty(self.count // self._replicas.size)
+            self._pending = self._replicas.scatter(self._gradients, self._reduced)
+        else:
+            self._reduced = self._gradients
+            self._pending = self._replicas.sum(self._gradients)
+        self._version = self._gradients._version
+        return self._pending
+
+    def _refuse_moved(self) -> None:
+        """Raise for a gradient that is not where it is summed: it would be left out in silence."""
+        for name, parameter, view in zip(self.names, self.parameters, self._views_of_gradients, strict=True):
+            if parameter.grad is not view:
+                raise ConfigError(
+                    f"the gradient of {name} was put elsewhere during the step (a hook, or a sparse gradient), where "
+                    "replicas do not find it; change .grad in place, and use dense gradients"
+                )
+
+    def finish(self) -> None:
+        """Wait for the sum; what is there becomes the gradient of the pieces."""
+        if self._replicas is None:
+            for piece in self.pieces:
+                grad = piece.of.grad
+                if piece.of is not piece.parameter:
+                    piece.of.grad = None
+                piece.parameter.grad = self._gradient_of[piece.name] = grad
+            return
+        assert self._pending is not None and self._gradients is not None, "finish before reduce"
+        self._pending.wait()
+        self._pending = None
+        if self._gradients._version != self._version:
+            raise ConfigError(
+                f"a gradient of {', '.join(self.names)} was written after the last weight work, when its sum over "
+                "replicas had begun; backward hooks must not write into .grad later"
+            )
+        for parameter in self.parameters:
+            parameter.grad = None
+        assert self._reduced is not None
+        for piece in self.pieces:
+            if piece.name not in self._gradient_of:  # the same objects in every step: optimizers know them again
+                self._gradient_of[piece.name] = self._part(self._reduced, piece, self._own.start)
+            piece.parameter.grad = self._gradient_of[piece.name]
+        if self._zero > 1:
+            self._gradients = None
+            self._views_of_gradients = []
+
+    def clear(self) -> None:
+        """Forget a step that failed."""
+        self._pending = None
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    # -- values
+
+    @property
+    def made(self) -> bool:
+        """Whether the values are those of the masters, as far as versions of tensors tell."""
+        return self._fresh == [piece.parameter._version for piece in self.pieces]
+
+    def mark(self) -> None:
+        """Say that an optimizer has written the values of its own part as well as the masters, and zeroed gradients."""
+        self._fresh = [piece.parameter._version for piece in self.pieces]
+        grads = [piece.parameter.grad for piece in self.pieces]
+        self._zeros = {grad: grad._version for grad in grads if grad is not None}
+
+    def copies(self) -> dict[nn.Parameter, Tensor]:
+        """By piece that is apart: the part of the values that is rounded from it."""
+        if not self._apart or self._zero == 3:
+            return {}
+        return {piece.parameter: self._part(self.values, piece, 0) for piece in self.pieces}
+
+    @torch.no_grad()
+    def gather(self) -> Pending | None:
+        """Make the values of the masters: here, and begin to fetch the other replicas' parts."""
+        if self._zero == 3:
+            self.values.untyped_storage().resize_(self.values.nbytes)
+        if self._apart and (self._zero == 3 or not self.made):
+            self.values[self._own].copy_(self.masters)
+        if self._replicas is not None and self._zero:
+            return self._replicas.gather(self.values)
+        return None
+
+    def release(self) -> None:
+        """At zero 3: give the memory of the values back."""
+        if self._zero == 3:
+            self.values.untyped_storage().resize_(0)
+
+    # -- whole parameters
+
+    @torch.no_grad()
+    def whole(self, parts: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """One tensor a piece, of the masters' dtype (its parameter, or what an optimizer keeps for it), put together
+        with those of the other replicas: one a parameter, by name. Collective with ``zero``.
+        """
+        flat = torch.zeros(self.count, dtype=self.masters.dtype, device=self.values.device)
+        for piece, part in zip(self.pieces, parts, strict=True):
+            if part is not None:
+                self._part(flat, piece, 0).copy_(part)
+        if self._replicas is not None and self._zero:
+            self._replicas.gather(flat).wait()
+        return dict(zip(self.names, self._views(flat), strict=True))
+
+
+def divide(sizes: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
+    """Names with bytes, in runs of at most ``limit`` bytes, at least one name each."""
+    runs: list[list[str]] = []
+    left = 0
+    for name, nbytes in sizes:
+        if not runs or nbytes > left:
+            runs.append([])
+            left = limit
+        runs[-1].append(name)
+        left -= nbytes
+    return runs

@@ -1,0 +1,1 @@
+"""More than one replica of a stage: where each process stands, and what goes between them."""

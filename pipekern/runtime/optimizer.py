@@ -1,0 +1,53 @@
+"""A user's optimizer over what a process has of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipekern.errors import ConfigError
+from pipekern.optim import AdamW
+from pipekern.runtime.assembly import Assembly
+
+WHOLE = (torch.optim.Adafactor, torch.optim.LBFGS, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
+
+
+def bound(
+    parts: Assembly,
+    running: Callable[[], AbstractContextManager[None]],
+    cls: type[torch.optim.Optimizer],
+    options: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """See ``Pipeline.optimizer``. What an ``AdamW`` exchanges happens within ``running()``."""
+    if parts.zero and issubclass(cls, WHOLE):
+        raise ConfigError(
+            f"zero={parts.zero} with {cls.__name__}, which looks at whole matrices, and here has shards of them; use "
+            "zero=0, or an optimizer that treats every number alone"
+        )
+    own = list({id(p): p for p in parts.parameters.values()}.values())
+    optimizer = cls([{"params": own}], **options)
+    if isinstance(optimizer, AdamW):
+        store = parts.store
+
+        def share(stats: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+            with running():
+                return _rows(parts, stats, parameters)
+
+        optimizer.bind(share, {} if store is None else store.copies())
+        if store is not None:
+            optimizer.register_step_post_hook(lambda *_: store.mark())
+    return optimizer
+
+
+def _rows(parts: Assembly, stats: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """The rows of all ranks' parameters, each parameter once, in the model's order."""
+    places = {id(p): parts.blueprint.parameters[name] for name, p in parts.counted().items()}
+    rows = [(places[id(p)], i) for i, p in enumerate(parameters) if id(p) in places]
+    own = torch.tensor([place for place, _ in rows], dtype=torch.int64), stats[[i for _, i in rows]]
+    found = parts.of_parameters(own)
+    order = torch.cat([place for place, _ in found]).argsort(stable=True)
+    return torch.cat([values.to(stats.device) for _, values in found])[order.to(stats.device)]

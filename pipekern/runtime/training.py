@@ -1,0 +1,52 @@
+"""A step of training: what happens to gradients before, around and after the program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from pipekern.optim.scale import LossScale
+from pipekern.runtime.assembly import Assembly
+from pipekern.runtime.batch import Batch
+from pipekern.runtime.deltas import Deltas
+from pipekern.runtime.executor import Executor
+from pipekern.runtime.nonfinite import Guard
+from pipekern.stage.random import preserved
+
+
+class Training:
+    """Steps of ``parts``; ``policy`` is ``on_nonfinite`` of ``Pipeline``, ``scale`` that of the loss under float16."""
+
+    def __init__(self, parts: Assembly, policy: str, scale: LossScale | None):
+        self.guard = Guard(parts, policy, scale)
+        self._parts = parts
+        self._loss_is_pair: bool | None = None  # known after the first step
+
+    def step(self, batch: Batch, run: Callable[[Executor, Batch], None]) -> tuple[Tensor, str]:
+        """The mean loss, whose gradients are added to ``.grad``, and what is not finite, in words."""
+        parts, store = self._parts, self._parts.store
+        whole = self._loss_is_pair is not False or self.guard.drops or store is not None
+        if store is not None:
+            store.part()
+        deltas = Deltas({id(p): p for p in parts.parameters.values()}.values() if whole else parts.ties.parameters)
+        if store is not None:
+            store.begin()
+        with preserved(parts.devices):
+            run(parts.train, batch)
+        verdict = parts.verdict(batch)
+        assert verdict.loss is not None
+        if store is not None:
+            store.finish()
+        parts.ties.reduce(batch.tag)
+        deltas.divide(parts.loss.scale * (1.0 if verdict.divisor is None else verdict.divisor))
+        parts.refuse_held()
+        overflow, trouble = self.guard.judge(batch, verdict.loss)
+        if overflow:
+            deltas.clear()
+        elif trouble and self.guard.drops:
+            deltas.drop()
+        else:
+            deltas.merge()
+        self._loss_is_pair = verdict.divisor is not None
+        return verdict.loss, trouble
