@@ -1,5 +1,5 @@
 # make train [DATA=file-or-folder]   train a GPT over two ranks (a rank a GPU where there are several)
-# make test-gpu, bench-gpu           what needs a CUDA device: tests; benchmarks/transport_gpu.py, step_gpu.py, transport_gpus.py
+# make test-gpu, bench-gpu           what needs a CUDA device: tests, benchmarks/transport_gpu.py, step_gpu.py, transport_gpus.py
 # make test                          everything that must pass, in minutes;  make test-all: the whole grids as well
 #
 # Both make .venv, install pinned dependencies, build and install pipekern. Needs python3 >= 3.10 with pip and venv, gcc, g++.

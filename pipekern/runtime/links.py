@@ -12,7 +12,7 @@ from pipekern.transport.base import Link
 
 
 def links(blueprint: Blueprint, codecs: Mapping[str, str]) -> list[Link]:
-    """Every link of a pipeline, in the same order on every rank: between stages with their ``codecs``, between holders
+    """Every link of a pipeline, in the same order on every rank: between stages with its of ``codecs``, between holders
     of a weight, and the star.
     """
     home, slots = blueprint.schedule.stage_rank, sorted(blueprint.slots().items())
@@ -24,8 +24,7 @@ def links(blueprint: Blueprint, codecs: Mapping[str, str]) -> list[Link]:
 def all_links(blueprint: Blueprint, codecs: Mapping[str, str], grid: Grid) -> list[Link]:
     """The links of every pipeline of the job, each pipeline's with a prefix of its own, between ranks of the job."""
     found = []
-    for index, first in enumerate(grid.pipelines):
-        home = [grid.rank(first._replace(pp=rank)) for rank in range(blueprint.schedule.ranks)]
+    for index, home in enumerate(grid.homes):
         for link in links(blueprint, codecs):
             name = prefix(index, grid) + link.name
             found.append(link._replace(name=name, source=home[link.source], target=home[link.target]))

@@ -9,7 +9,6 @@ from pipekern.errors import ConfigError
 from pipekern.plan.memory import size
 from pipekern.plan.offload import Offload, choose_offload, offload_share, stays
 from pipekern.runtime.options import Options
-from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.recomputation import fixed_bytes, limits, unit_ways
 from pipekern.runtime.skips import Hop
 from pipekern.schedule.comms import Program
@@ -42,10 +41,7 @@ def _within_memory(
     recompute: Sequence[Sequence[str]],
 ) -> Offload:
     """As little as keeps every rank within its memory."""
-    rows = unit_ways(options, stages, "offload='auto'")
-    assert isinstance(options.split, LayerCosts)
-    ends = [sum(len(stage) for stage in stages[: index + 1]) - 1 for index in range(len(stages))]
-    outputs = [options.split.outputs[unit] for unit in ends]
+    rows, outputs = unit_ways(options, stages, "offload='auto'")
     schedule = program.schedule
     ways = [
         [next(way for way in unit.ways if way.how == how) for unit, how in zip(row, hows, strict=True)]

@@ -25,7 +25,7 @@ def recomputation(
     """How each unit runs, by stage; one of ``CHOICES``. What is chosen goes to the log. Raises ``ConfigError``."""
     if options.recompute != "auto":
         return [[options.recompute] * len(units) for units in stages]
-    rows = unit_ways(options, stages, "recompute='auto'")
+    rows, _ = unit_ways(options, stages, "recompute='auto'")
     fixed = fixed_bytes(options, stages, skips, program)
     caps = limits(options, program.schedule.ranks, "recompute='auto'")
     chosen = choose_recompute(program.schedule, rows, fixed, caps)
@@ -34,8 +34,12 @@ def recomputation(
     return chosen
 
 
-def unit_ways(options: Options, stages: Sequence[Sequence[Unit]], asked: str) -> list[list[UnitWays]]:
-    """The ways to run each unit, by stage. Raises ``ConfigError``, for what the user has ``asked``."""
+def unit_ways(
+    options: Options, stages: Sequence[Sequence[Unit]], asked: str
+) -> tuple[list[list[UnitWays]], list[float]]:
+    """The ways to run each unit, by stage, and the bytes that each stage hands on. Raises ``ConfigError``, for what the
+    user has ``asked``.
+    """
     costs = options.split
     if not isinstance(costs, LayerCosts) or not costs.kept:
         raise ConfigError(
@@ -48,7 +52,7 @@ def unit_ways(options: Options, stages: Sequence[Sequence[Unit]], asked: str) ->
         first = last[-1] + 1 if last else 0
         last.append(first + len(units) - 1)
         rows.append([_ways(costs, unit, unit == first, unit == last[-1]) for unit in range(first, last[-1] + 1)])
-    return rows
+    return rows, [costs.outputs[unit] for unit in last]
 
 
 def limits(options: Options, ranks: int, asked: str) -> list[float]:
@@ -75,14 +79,11 @@ def _ways(costs: LayerCosts, unit: int, starts: bool, ends: bool) -> UnitWays:
 def fixed_bytes(
     options: Options, stages: Sequence[Sequence[Unit]], skips: Sequence[Hop], program: Program
 ) -> list[float]:
-    """Bytes of a rank besides activations: parameters with all that belongs to them, buffers, and messages, of the
-    sizes in the costs that ``options`` give.
-    """
+    """Bytes of a rank besides activations: parameters with all that belongs to them, buffers, and messages."""
     assert isinstance(options.split, LayerCosts)
     sizes = message_bytes(stages, skips, options.split)
-    rings = slot_bytes(program, lambda a, b: sizes[min(a, b), max(a, b)])
     fixed = []
-    for rank, ring in enumerate(rings):
+    for rank, ring in enumerate(slot_bytes(program, lambda a, b: sizes[min(a, b), max(a, b)])):
         units = [unit for stage in program.schedule.stages_of(rank) for unit in stages[stage]]
         own = {id(p): p for unit in units for _, p in unit.named_parameters()}
         buffers = {id(b): b for unit in units for b in unit.train.buffers()}
