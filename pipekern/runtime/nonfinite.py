@@ -14,6 +14,7 @@ from pipekern.errors import NumericsError
 from pipekern.optim.scale import LossScale
 from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.batch import Batch
+from pipekern.runtime.watch import Row, Watch
 from pipekern.stage.random import preserved
 from pipekern.stage.stage import Stage, detached
 from pipekern.transport.value import tensors
@@ -44,11 +45,11 @@ class Judgement(NamedTuple):
 
 class Guard:
     """What is done about a step that is not finite: ``policy`` is ``on_nonfinite`` of ``Pipeline``. With a ``scale`` of
-    the loss, such a step is dropped and the scale lowered, until it is at its least.
+    the loss, such a step is dropped and the scale lowered, until it is at its least. ``watch`` is told of every step.
     """
 
-    def __init__(self, parts: Assembly, policy: str, scale: LossScale | None = None):
-        self._parts, self._policy, self._scale = parts, policy, scale
+    def __init__(self, parts: Assembly, watch: Watch, policy: str, scale: LossScale | None = None):
+        self._parts, self._watch, self._policy, self._scale = parts, watch, policy, scale
 
     @property
     def drops(self) -> bool:
@@ -57,9 +58,10 @@ class Guard:
 
     def judge(self, batch: Batch, loss: Tensor) -> Judgement:
         """Whether all ranks' part of the step that has just run is finite; collective."""
+        noted = self._watch.note(batch)
         if self._policy == "ignore" and self._scale is None:
             return Judgement(False, "")
-        bad = not self._finite(loss)
+        bad = not self._finite(loss, noted)
         if self._scale is not None:
             value, helpless = self._scale.value, self._scale.update(bad)
             if bad and not helpless:
@@ -70,9 +72,11 @@ class Guard:
             return Judgement(False, "")
         return Judgement(False, f"step {batch.step} is not finite (loss {float(loss):g}), {locate(self._parts, batch)}")
 
-    def _finite(self, loss: Tensor) -> bool:
+    def _finite(self, loss: Tensor, noted: list[Row]) -> bool:
         gradients = [p.grad for p in self._parts.parameters.values() if p.grad is not None]
-        return all(flag for rows in self._parts.star.everywhere(finite([loss, *gradients])) for flag in rows)
+        everywhere = self._parts.star.everywhere([finite([loss, *gradients]), noted])
+        self._watch.hear([[row for _, row in rows] for rows in everywhere])
+        return all(flag for rows in everywhere for flag, _ in rows)
 
     def report(self, trouble: str) -> None:
         """Raise ``NumericsError``, or say what was dropped."""
