@@ -4,7 +4,8 @@ A part is compared with its own history, and with what all have in common: x is 
 one, z is x less the (lower) median of all parts' where that is above 0. So a step with more work, or a machine that is
 slower as a whole, is nobody's fault. z is summed as in E. S. Page's test (Continuous inspection schemes, Biometrika
 1954): S = max(0, S + z - ALLOWANCE), and the part counts as slow from S > BOUND on. One outlier adds at most
-CLIP - ALLOWANCE, so that four steps in a row must be slow; one of 1.5 times counts after six. The way back is the same
+CLIP - ALLOWANCE, so that four steps in a row must be slow, and four of 1.5 times or
+more are enough. The way back is the same
 sum with the other sign.
 """
 
@@ -18,9 +19,9 @@ from typing import NamedTuple
 
 SETTLING = 5  # first steps, which are not looked at
 LEARNING = 20  # steps after them, whose medians are the usual times
-ALLOWANCE = 0.2  # the logarithm of 1.22, half that of 1.5
-CLIP = 0.5
-BOUND = 1.1
+ALLOWANCE = 0.12  # the logarithm of 1.13
+CLIP = 0.45
+BOUND = 1.0
 RECENT = 5  # steps whose median tells how much slower
 FLOOR = 0.02  # of the parts' mean time, added to each: nobody waits for a part that takes next to nothing
 RATE, PULL = 0.02, 0.1  # the usual time follows by RATE of x, where x counts as PULL at most

@@ -14,7 +14,7 @@ from pipekern.errors import NumericsError
 from pipekern.optim.scale import LossScale
 from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.batch import Batch
-from pipekern.runtime.watch import Row, Watch
+from pipekern.runtime.watch import Watch
 from pipekern.stage.random import preserved
 from pipekern.stage.stage import Stage, detached
 from pipekern.transport.value import tensors
@@ -58,10 +58,10 @@ class Guard:
 
     def judge(self, batch: Batch, loss: Tensor) -> Judgement:
         """Whether all ranks' part of the step that has just run is finite; collective."""
-        noted = self._watch.note(batch)
+        self._watch.note(batch)
         if self._policy == "ignore" and self._scale is None:
             return Judgement(False, "")
-        bad = not self._finite(loss, noted)
+        bad = not self._finite(loss)
         if self._scale is not None:
             value, helpless = self._scale.value, self._scale.update(bad)
             if bad and not helpless:
@@ -72,11 +72,12 @@ class Guard:
             return Judgement(False, "")
         return Judgement(False, f"step {batch.step} is not finite (loss {float(loss):g}), {locate(self._parts, batch)}")
 
-    def _finite(self, loss: Tensor, noted: list[Row]) -> bool:
+    def _finite(self, loss: Tensor) -> bool:
         gradients = [p.grad for p in self._parts.parameters.values() if p.grad is not None]
-        everywhere = self._parts.star.everywhere([finite([loss, *gradients]), noted])
-        self._watch.hear([[row for _, row in rows] for rows in everywhere])
-        return all(flag for rows in everywhere for flag, _ in rows)
+        everywhere = self._parts.star.everywhere("01"[finite([loss, *gradients])] + self._watch.tell())
+        told = [text for rows in everywhere for text in rows]
+        self._watch.hear(told)
+        return all(text[0] == "1" for text in told)
 
     def report(self, trouble: str) -> None:
         """Raise ``NumericsError``, or say what was dropped."""
