@@ -22,6 +22,7 @@ from examples.gpt.measure import measure
 from examples.gpt.model import GPT, Size, loss_fn
 from examples.gpt.report import Report, open_run, prompts, save_weights
 from examples.gpt.text import Text, load
+from pipekern.runtime.stats import Stats
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 REVIEW = 20  # steps between looks at the time that is left
@@ -88,7 +89,9 @@ class Training:
                     bubble = self.pipe.timeline().bubble_ratio
                     speed = done * tokens / (time.perf_counter() - start)
                     bar.set_postfix_str(
-                        f"loss {self.losses[-1]:.2f}, {speed:,.0f} tokens/s, bubble {bubble:.0%}", refresh=False
+                        f"loss {self.losses[-1]:.2f}, {speed:,.0f} tokens/s, bubble {bubble:.0%}, "
+                        f"{_balance(self.pipe.stats())}",
+                        refresh=False,
                     )
                 bar.update()
         self.seconds = time.perf_counter() - start
@@ -109,6 +112,13 @@ def _bar(steps: int) -> tqdm:
     terminal = sys.stderr.isatty()
     form = "{percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
     return tqdm(total=steps, bar_format=form, mininterval=0.2 if terminal else 10.0, disable=dist.get_rank() > 0)
+
+
+def _balance(stats: Stats) -> str:
+    """How far the busiest rank is above the mean, and the stage to blame: one that has become slow, else the longest."""
+    for (rank, stage), factor in stats.slow.items():
+        return f"imbalance {stats.imbalance:.2f}, stage {stage} (rank {rank}) {factor:.1f} × slower than before"
+    return f"imbalance {stats.imbalance:.2f} (stage {stats.slowest[1]})"
 
 
 def _slowest(seconds: float) -> float:

@@ -14,6 +14,7 @@ from pipekern.errors import NumericsError
 from pipekern.optim.scale import LossScale
 from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.batch import Batch
+from pipekern.runtime.watch import Watch
 from pipekern.stage.random import preserved
 from pipekern.stage.stage import Stage, detached
 from pipekern.transport.value import tensors
@@ -44,11 +45,11 @@ class Judgement(NamedTuple):
 
 class Guard:
     """What is done about a step that is not finite: ``policy`` is ``on_nonfinite`` of ``Pipeline``. With a ``scale`` of
-    the loss, such a step is dropped and the scale lowered, until it is at its least.
+    the loss, such a step is dropped and the scale lowered, until it is at its least. ``watch`` is told of every step.
     """
 
-    def __init__(self, parts: Assembly, policy: str, scale: LossScale | None = None):
-        self._parts, self._policy, self._scale = parts, policy, scale
+    def __init__(self, parts: Assembly, watch: Watch, policy: str, scale: LossScale | None = None):
+        self._parts, self._watch, self._policy, self._scale = parts, watch, policy, scale
 
     @property
     def drops(self) -> bool:
@@ -57,6 +58,7 @@ class Guard:
 
     def judge(self, batch: Batch, loss: Tensor) -> Judgement:
         """Whether all ranks' part of the step that has just run is finite; collective."""
+        self._watch.note(batch)
         if self._policy == "ignore" and self._scale is None:
             return Judgement(False, "")
         bad = not self._finite(loss)
@@ -72,7 +74,10 @@ class Guard:
 
     def _finite(self, loss: Tensor) -> bool:
         gradients = [p.grad for p in self._parts.parameters.values() if p.grad is not None]
-        return all(flag for rows in self._parts.star.everywhere(finite([loss, *gradients])) for flag in rows)
+        everywhere = self._parts.star.everywhere("01"[finite([loss, *gradients])] + self._watch.tell())
+        told = [text for rows in everywhere for text in rows]
+        self._watch.hear(told)
+        return all(text[0] == "1" for text in told)
 
     def report(self, trouble: str) -> None:
         """Raise ``NumericsError``, or say what was dropped."""

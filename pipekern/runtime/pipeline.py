@@ -27,6 +27,7 @@ from pipekern.runtime.prompts import Ids, join, prepare
 from pipekern.runtime.sampling import Sampling
 from pipekern.runtime.skips import Hop
 from pipekern.runtime.start import start
+from pipekern.runtime.stats import Stats
 from pipekern.runtime.training import Training
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.random import preserved, step_key
@@ -338,6 +339,15 @@ class Pipeline:
         """
         with self._running():
             return gathered(self._parts, self._executor)
+
+    def stats(self) -> Stats:
+        """Where the time of recent training steps went on every rank, and which stage has become slow; collective.
+
+        The log has a line when a stage becomes so; with ``on_nonfinite="ignore"``, where ranks exchange nothing at the
+        end of a step, only here.
+        """
+        with self._running():
+            return self._training.watch.stats()
 
     def close(self) -> None:
         """Leave the job and free links. Parameters and ``.grad`` stay."""

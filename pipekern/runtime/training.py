@@ -12,6 +12,7 @@ from pipekern.runtime.batch import Batch
 from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor
 from pipekern.runtime.nonfinite import Guard
+from pipekern.runtime.watch import Watch
 from pipekern.stage.random import preserved
 
 
@@ -19,7 +20,8 @@ class Training:
     """Steps of ``parts``; ``policy`` is ``on_nonfinite`` of ``Pipeline``, ``scale`` that of the loss under float16."""
 
     def __init__(self, parts: Assembly, policy: str, scale: LossScale | None):
-        self.guard = Guard(parts, policy, scale)
+        self.watch = Watch(parts)
+        self.guard = Guard(parts, self.watch, policy, scale)
         self._parts = parts
         self._loss_is_pair: bool | None = None  # known after the first step
 
