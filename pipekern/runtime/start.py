@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +25,8 @@ from pipekern.transport.agree import disagreements
 from pipekern.transport.open import open_transport
 from pipekern.transport.world import World, join, same_host
 
+_T = TypeVar("_T")
+
 
 def start(options: Options) -> Assembly:
     """Check everything on every rank, compare, and only then open links and take memory. Raises ``ConfigError``."""
@@ -39,7 +42,7 @@ def start(options: Options) -> Assembly:
 
 
 def _assemble(options: Options, world: World | None) -> Assembly:
-    grid = Grid.of(options.mesh, 1) if world is None else Grid.of(options.mesh, world.size)
+    grid = Grid.of(options.mesh, 1) if world is None else _compared(world, lambda: _grid(options, world.size))
     place = FIRST if world is None else grid.place(world.rank)
     replicas = None if world is None else _replicas(options, world, grid)
     options, blueprint, devices = _agreed(options, world, grid, replicas)
@@ -65,6 +68,29 @@ def _assemble(options: Options, world: World | None) -> Assembly:
         blueprint, rank, stages, options.loss_fn, loss_path, codecs, opened.transport, senders, receivers,
         place, grid.sizes, replicas, options.zero if replicas is not None else 0,
     )  # fmt: skip
+
+
+def _compared(world: World, make: Callable[[], tuple[_T, dict[str, Any]]]) -> _T:
+    """What ``make`` gives, once all ranks have the same row with it. What is wrong on one is raised on all."""
+    failure: PipekernError | None = None
+    try:
+        made, row = make()
+    except PipekernError as error:
+        failure, row = error, {"error": str(error)}
+    rows = world.gather(row)
+    if failure is not None:
+        raise failure
+    faults = [f"rank {rank}: {row['error']}" for rank, row in enumerate(rows) if "error" in row] or disagreements(rows)
+    if faults:
+        raise ConfigError("the ranks were not given the same pipeline: " + "; ".join(faults))
+    return made
+
+
+def _grid(options: Options, world_size: int) -> tuple[Grid, dict[str, Any]]:
+    """Where every process stands, and what ranks must agree on before they form groups."""
+    _devices(options.devices, world_size, launched=True)
+    grid = Grid.of(options.mesh, world_size)
+    return grid, {"mesh": {**grid.sizes._asdict(), "ranks": grid.ranks}}
 
 
 def _replicas(options: Options, world: World, grid: Grid) -> Replicas | None:
@@ -100,25 +126,20 @@ def _agreed(
             options = replace(options, memory=limits(rows, lambda a, b: True))
         return options, draw(options, size), devices
     options = _informed(options, world)
-    failure: PipekernError | None = None
-    bucket = _bucket(world, replicas, _devices(options.devices, world.size, launched=True)[world.rank])
-    try:
-        devices = _devices(options.devices, world.size, launched=True)
+    devices = _devices(options.devices, world.size, launched=True)
+    bucket = _bucket(world, replicas, devices[world.rank])
+
+    def drawn() -> tuple[Blueprint, dict[str, Any]]:
         blueprint = draw(options, _size(options.ranks, grid), grid.sizes.dp, bucket, together=False)
-        row = blueprint.row() | {
+        return blueprint, blueprint.row() | {
             "seed": options.seed,
             "fuse_loss": options.fuse_loss,
             "codec": options.codec if isinstance(options.codec, str) else dict(options.codec),
+            "precision": options.precision,
+            "zero": options.zero,
         }
-    except PipekernError as error:
-        failure, row = error, {"error": str(error)}
-    rows = world.gather(row)
-    if failure is not None:
-        raise failure
-    faults = [f"rank {rank}: {row['error']}" for rank, row in enumerate(rows) if "error" in row] or disagreements(rows)
-    if faults:
-        raise ConfigError("the ranks were not given the same pipeline: " + "; ".join(faults))
-    return options, blueprint, devices
+
+    return options, _compared(world, drawn), devices
 
 
 def _informed(options: Options, world: World) -> Options:

@@ -48,8 +48,8 @@ def labels(samples: int) -> Batch:
     return Batch(torch.randn(samples, 5, dtype=torch.float64), y)
 
 
-def to_six(samples: int) -> Batch:
-    return Batch(torch.randn(samples, 5, dtype=torch.float64), torch.randn(samples, 6, dtype=torch.float64))
+def to_nine(samples: int) -> Batch:
+    return Batch(torch.randn(samples, 5, dtype=torch.float64), torch.randn(samples, 9, dtype=torch.float64))
 
 
 def pair(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ KINDS: dict[str, Kind] = {
     "cross entropy": Kind(classifier, nn.CrossEntropyLoss(), of_labels, labels),
     "pair": Kind(perceptron, pair, pair, vectors),
     "tied": Kind(lambda: Gpt(tied=True), token_loss, of_samples(token_loss), tokens),
-    "unused": Kind(Unused, F.mse_loss, of_samples(F.mse_loss), to_six),
+    "unused": Kind(Unused, F.mse_loss, of_samples(F.mse_loss), to_nine),
     "batchnorm": Kind(normalised, F.mse_loss, of_samples(F.mse_loss), vectors, coupled=True),
 }
 

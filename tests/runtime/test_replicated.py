@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pipekern as pk
+from pipekern.trace.timeline import Timeline
 from tests.launch import launch, values
 from tests.runtime.models import KINDS as MODELS
 from tests.runtime.models import batches
@@ -110,17 +111,21 @@ def _volume_and_timeline(zero: int, schedule: str, steps: int) -> dict[str, Any]
         return {"sent": dict(pipe._parts.replicas.sent), "timeline": timeline.to_dict()}
 
 
+def _volumes_and_timelines(schedule: str, steps: int) -> list[dict[str, Any]]:
+    return [_volume_and_timeline(zero, schedule, steps) for zero in range(4)]
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
 def test_volume_and_timeline(schedule: str) -> None:
-    """Bytes are counted as a ring sends them: the volume of every zero is that of plain data parallelism. A timeline has
-    each sum and gather, from where it began; a sum begins when its stage's weight work has ended.
+    """Bytes as a ring sends them: those of every zero are those of plain data parallelism. A timeline has each sum and
+    gather, from where it began; a sum begins when its stage's weight work has ended.
     """
     steps, share = 3, 8 * 2 * (64 * 64 + 64)  # of two layers a rank, in float64
-    for zero in range(4):
-        for found in values(launch(_volume_and_timeline, 4, zero, schedule, steps)):
+    for of_rank in values(launch(_volumes_and_timelines, 4, schedule, steps)):
+        for zero, found in enumerate(of_rank):
             assert found["sent"] == ({"reduce": steps * share, "gather": 0} if not zero else
                                      {"reduce": steps * share // 2, "gather": steps * share // 2})  # fmt: skip
-            timeline = pk.Timeline.from_dict(found["timeline"])
+            timeline = Timeline.from_dict(found["timeline"])
             stages = 2 if schedule == "1f1b" else 4
             for op, there in (("REDUCE", True), ("GATHER", zero > 0)):
                 spans = [span for span in timeline.spans if span.op == op]
@@ -185,19 +190,27 @@ def test_state_is_whole(zero: int, seed: int) -> None:
 
 def _different(what: str) -> str:
     rank = int(os.environ["RANK"])
-    options: dict[str, Any] = {"zero": 1} if what == "zero" and rank else {}
+    options: dict[str, Any] = {}
+    if what in ("zero", "precision") and rank:
+        options[what] = {"zero": 1, "precision": "bf16"}[what]
     if what == "mesh":
         options["mesh"] = {"dp": 2} if rank else {"pp": 1, "dp": 3}
+    if what == "order":
+        options["mesh"] = {"dp": 2, "pp": 2} if rank % 2 else {"pp": 2, "dp": 2}
     try:
         pk.Pipeline(
-            nn.Sequential(nn.Linear(2, 2)), loss_fn=F.mse_loss, microbatches=1, **{"mesh": {"dp": 2}, **options}
+            nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+            loss_fn=F.mse_loss,
+            microbatches=1,
+            **{"mesh": {"dp": 2}, **options},
         )
     except pk.PipekernError as error:
         return str(error)
     return "nothing was raised"
 
 
-@pytest.mark.parametrize("what", ["zero", "mesh"])
+@pytest.mark.parametrize("what", ["zero", "precision", "mesh", "order"])
 def test_ranks_that_were_given_different_ones(what: str) -> None:
-    texts = values(launch(_different, 2, what, timeout=40.0))
-    assert all(what in text for text in texts), texts
+    """Before they form groups, in which they would wait for others than those that wait for them."""
+    texts = values(launch(_different, 4 if what == "order" else 2, what, timeout=40.0))
+    assert all(("mesh" if what == "order" else what) in text for text in texts), texts
