@@ -90,6 +90,11 @@ class Grid:
         _, replicas, parts = self.sizes
         return [Place(0, dp, tp) for dp in range(replicas) for tp in range(parts)]
 
+    @property
+    def homes(self) -> list[list[int]]:
+        """For each of :attr:`pipelines` the job's ranks, by the pipeline's."""
+        return [[self.rank(first._replace(pp=rank)) for rank in range(self.sizes.pp)] for first in self.pipelines]
+
     def place(self, rank: int) -> Place:
         """Where ``rank`` of the job stands."""
         for pp, plane in enumerate(self.ranks):

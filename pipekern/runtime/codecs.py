@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 
@@ -23,12 +24,17 @@ _SECONDS = 0.25  # for measuring all links
 
 
 def link_codecs(
-    options: Options, blueprint: Blueprint, devices: Sequence[torch.device], world: World | None, pipelines: int = 1
+    options: Options,
+    blueprint: Blueprint,
+    homes: Sequence[Sequence[int]],
+    devices: Sequence[torch.device],
+    world: World | None,
 ) -> dict[str, str]:
     """The codec of every link between stages, by its name, the same on every rank; collective.
 
-    "auto" is "none" without the CUDA transport; with it, ``plan.choose_codec`` decides by the link's measured
-    bandwidth, the bytes of its message and the time of the slower of its two stages. Raises ``ConfigError``.
+    ``homes``: for each pipeline the job's ranks, by the pipeline's. "auto" is "none" without the CUDA transport; with
+    it, ``plan.choose_codec`` decides by the bandwidth measured on the slowest pipeline's link, for which the others
+    wait, the bytes of the message, and the time of the slower of its two stages. Raises ``ConfigError``.
     """
     edges = {f"{a}>{b}": (a, b) for a, b in sorted(blueprint.train.slots)}
     given = options.codec
@@ -41,34 +47,34 @@ def link_codecs(
         return dict.fromkeys(edges, given)
     if not edges or choose(options.transport, world, devices) != "cuda":
         return dict.fromkeys(edges, "none")
-    if pipelines > 1:
-        raise ConfigError(
-            f"codec='auto' measures the links of one pipeline, and this mesh has {pipelines}; choose 'none', 'bf16' or "
-            "'fp8' for all links, or for each: {'0>1': 'bf16'}"
-        )
     costs = options.split
     if not isinstance(costs, LayerCosts) or not costs.outputs:
         raise ConfigError(
             "codec='auto' chooses by measured bytes and times of each unit: give split=pk.profile(module, x) of one "
             "micro-batch, or choose 'none', 'bf16' or 'fp8' for all links, or for each: {'0>1': 'bf16'}"
         )
-    return _chosen(costs, blueprint, edges, _measured(costs, blueprint, edges, devices, world))
+    return _chosen(costs, blueprint, edges, _measured(costs, blueprint, edges, homes, devices, world))
 
 
 def _measured(
     costs: LayerCosts,
     blueprint: Blueprint,
     edges: Mapping[str, Edge],
+    homes: Sequence[Sequence[int]],
     devices: Sequence[torch.device],
     world: World | None,
 ) -> dict[str, Link]:
-    """The link between the ranks of each of ``edges``, with messages of the size of its largest."""
+    """The slowest link between the ranks of each of ``edges``, with messages of the size of its largest."""
     rank, sizes = blueprint.schedule.stage_rank, bytes_between(blueprint.stages, blueprint.skips, costs)
     pairs: dict[Edge, float] = {}
-    for a, b in edges.values():
-        pairs[rank[a], rank[b]] = max(pairs.get((rank[a], rank[b]), 0.0), sizes[min(a, b), max(a, b)])
+    for home, (a, b) in product(homes, edges.values()):
+        pair = home[rank[a]], home[rank[b]]
+        pairs[pair] = max(pairs.get(pair, 0.0), sizes[min(a, b), max(a, b)])
     rows = {row.link: Link(row.latency, row.bandwidth) for row in probe.between(pairs, devices, world, _SECONDS)}
-    return {name: rows[f"{rank[a]}>{rank[b]}"] for name, (a, b) in edges.items()}
+    return {
+        name: min((rows[f"{home[rank[a]]}>{home[rank[b]]}"] for home in homes), key=lambda link: link.bandwidth)
+        for name, (a, b) in edges.items()
+    }
 
 
 def _chosen(
@@ -82,6 +88,9 @@ def _chosen(
     chosen = {}
     for name, (a, b) in edges.items():
         size, width, time = sizes[min(a, b), max(a, b)], _width(blueprint, min(a, b)), max(times[a], times[b])
+        if blueprint.precision is not None:  # costs are those of the module before its weights are cast, in float32
+            width = blueprint.precision.itemsize
+            size *= width / 4
         chosen[name] = choose_codec(links[name], size, width, time) if width in (2, 4) else "none"
         text = f"{name} {chosen[name]}: {message_bytes(chosen[name], size, width):.0f} of {size:.0f} bytes"
         logging.getLogger("pipekern").info(

@@ -24,8 +24,7 @@ def links(blueprint: Blueprint, codecs: Mapping[str, str]) -> list[Link]:
 def all_links(blueprint: Blueprint, codecs: Mapping[str, str], grid: Grid) -> list[Link]:
     """The links of every pipeline of the job, each pipeline's with a prefix of its own, between ranks of the job."""
     found = []
-    for index, first in enumerate(grid.pipelines):
-        home = [grid.rank(first._replace(pp=rank)) for rank in range(blueprint.schedule.ranks)]
+    for index, home in enumerate(grid.homes):
         for link in links(blueprint, codecs):
             name = prefix(index, grid) + link.name
             found.append(link._replace(name=name, source=home[link.source], target=home[link.target]))

@@ -53,7 +53,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
         options = replace(options, fuse_loss=devices[schedule.stage_rank[-1]].type == "cuda")
     loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
     stages = build_stages(blueprint, here, devices, options, place.dp)
-    codecs = link_codecs(options, blueprint, devices, world, len(grid.pipelines))
+    codecs = link_codecs(options, blueprint, [range(schedule.ranks)] if world is None else grid.homes, devices, world)
     every = links(blueprint, codecs) if world is None else all_links(blueprint, codecs, grid)
     opened = open_transport(options.transport, every, devices, world)
     start = prefix(place.dp * grid.sizes.tp + place.tp, grid)

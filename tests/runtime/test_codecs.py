@@ -50,9 +50,22 @@ def test_golden(time: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "between", between)
     with _pipeline(ranks=2) as pipe:
         options: Any = SimpleNamespace(codec="auto", split=_costs(time), transport="auto")
-        found = codecs.link_codecs(options, pipe._parts.blueprint, [], None)
+        found = codecs.link_codecs(options, pipe._parts.blueprint, [[0, 1]], [], None)
     expected = {50.0: ("none", "fp8"), 150.0: ("none", "bf16"), 300.0: ("none", "none")}
     assert found == dict(zip(speeds, expected[time], strict=True))
+
+
+def test_the_slowest_of_several_pipelines_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas wait for each other; in bf16 a message has half of the bytes that were measured."""
+    monkeypatch.setattr(codecs, "choose", lambda *_: "cuda")
+    speeds = {"0>2": 10e9, "2>0": 10e9, "1>3": 10e9, "3>1": 2e9}
+    rows = [probe.Measured(name, "ipc", 0.0, speed) for name, speed in speeds.items()]
+    monkeypatch.setattr(probe, "between", lambda pairs, *_: rows)
+    for precision, slow in (None, "bf16"), ("bf16", "none"):
+        with _pipeline(ranks=2, precision=precision) as pipe:
+            options: Any = SimpleNamespace(codec="auto", split=_costs(126.0), transport="auto")
+            found = codecs.link_codecs(options, pipe._parts.blueprint, [[0, 2], [1, 3]], [], None)
+        assert found == {"0>1": "none", "1>0": slow}
 
 
 def _auto(processes: int, time: float) -> tuple[dict[str, str], dict[str, str], str]:
