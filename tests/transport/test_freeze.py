@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -37,8 +38,10 @@ def test_a_stopped_rank_is_frozen(transport: str, timeout: float) -> None:
         assert outcome.value[:2] == ("PeerFrozen", 1)
 
 
-def stopped_host(ends: Ends) -> Steps:
-    """Rank 0 holds the store, which is so frozen too. Nothing but messages says when it may stop."""
+def stopped_host(ends: Ends, folder: Path) -> Steps:
+    """Rank 0 holds the store, which is so frozen too. Nothing but messages says when it may stop, and nothing but files
+    when it may go on.
+    """
     if ends.rank == 0:
         yield from send(ends, "0>1", 0, os.getpid())
     pid = (yield from receive(ends, "0>1", 0)).value if ends.rank == 1 else 0
@@ -51,6 +54,9 @@ def stopped_host(ends: Ends) -> Steps:
     start = time.monotonic()
     error = wait_for_failure(ends, "recv")
     took = time.monotonic() - start
+    (folder / str(ends.rank)).touch()
+    while pid and len(list(folder.iterdir())) < 3:
+        time.sleep(0.01)
     if pid:
         os.kill(pid, signal.SIGCONT)
     while any(thread.name == "pipekern control" for thread in threading.enumerate()):
@@ -59,9 +65,9 @@ def stopped_host(ends: Ends) -> Steps:
 
 
 @pytest.mark.parametrize("transport", ["dist", ON_FAKE_CUDA[0], SHM_IN_FULL, ON_GPU])
-def test_a_frozen_rank_is_named_within_ten_seconds(transport: str) -> None:
+def test_a_frozen_rank_is_named_within_ten_seconds(transport: str, tmp_path: Path) -> None:
     """With the default timeout of 60 s; also where the store is frozen with it."""
-    for outcome in run_to_failure(transport, stopped_host, store="rank 0")[1:]:
+    for outcome in run_to_failure(transport, stopped_host, tmp_path, store="rank 0")[1:]:
         assert outcome.error is None, outcome.error
         kind, rank, text, took = outcome.value
         assert (kind, rank) == ("PeerFrozen", 0) and "timeout" in text and took < 10
