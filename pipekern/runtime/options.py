@@ -14,7 +14,7 @@ from pipekern.optim.scale import LossScale
 from pipekern.optim.store import PRECISIONS
 from pipekern.parallel.mesh import Mesh
 from pipekern.plan.codec import CODECS
-from pipekern.runtime.profile import LayerCosts
+from pipekern.runtime.costs import LayerCosts
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.recompute import CHOICES
 from pipekern.stage.spec import LayerSpec
