@@ -100,10 +100,14 @@ def _measure(
     with preserved([device]):
         for index, unit in enumerate(units):
             key = form(unit, value)
-            if key not in known:
+            fresh = key not in known
+            if fresh:
                 known[key] = _one(unit, index, value, device, repeats)
             rows.append(known[key])
-            value = known[key].output
+            if fresh or unit.skeleton is None:
+                value = known[key].output
+            else:  # it tells the next one which calls were made
+                value = _output(_ways(unit, index, device)["none"], value)
     return units, rows
 
 
@@ -113,10 +117,14 @@ def _one(unit: Unit, index: int, value: Any, device: torch.device, repeats: int)
         unit.train.to(device)
     runs = _ways(unit, index, device)
     plain, selective = (_median(unit, runs[how], value, device, repeats) for how in ("none", "selective"))
-    with torch.no_grad():
-        output = _leaves(runs["none"](_copied(value)))
-    more = max(0.0, sum(selective[:3]) - sum(plain[:3]))
+    output = _output(runs["none"], value)
+    more = max(0.0, round(sum(selective[:3]) - sum(plain[:3]), 3))
     return _Measured(plain, more, look(unit, runs, value, output), output)
+
+
+def _output(run: Run, value: Any) -> Any:
+    with torch.no_grad():
+        return _leaves(run(_copied(value)))
 
 
 def _home(model: nn.Module | Sequence[LayerSpec]) -> torch.device:
