@@ -17,7 +17,8 @@ _TITLE = """\
 # A profile of pipekern: each layer's costs for one micro-batch of `samples` samples on the first of `devices`.
 # forward, backward (input gradient), weight (weight gradient), copy (of the output): microseconds. parameters: numbers.
 # activations (from forward to backward), output, waiting (from there to the weight gradient), end (more, where a stage
-# ends here), saved (of the output, for a later layer): bytes. selective, full: [bytes, microseconds more] where it is recomputed so.
+# ends here), saved (of the output, for a later layer): bytes. selective, full: [bytes, microseconds more] where it is
+# recomputed so.
 # devices: flops are relative speeds; links between neighbours: latency in microseconds, bandwidth in bytes a second.
 """
 

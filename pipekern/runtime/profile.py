@@ -129,7 +129,7 @@ def _output(run: Run, value: Any) -> Any:
 
 def _home(model: nn.Module | Sequence[LayerSpec]) -> torch.device:
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return next((p.device for p in parameters), torch.device("cpu"))
+    return next((p.device for p in parameters), torch.get_default_device())
 
 
 def _places(devices: Sequence[str | torch.device]) -> list[torch.device]:

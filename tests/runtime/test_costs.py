@@ -28,6 +28,7 @@ COSTS = pk.LayerCosts(
     waiting=(50, 0),
     outputs=(16, 32),
     ends=(0, 8),
+    saved=(0, 16),
     parameters=(20, 0),
     samples=4,
     cluster=Cluster((Device(1.0, 1e9, name="a"), Device(2.5, name="b")), (Link(3.0, 1e9),)),
@@ -42,7 +43,7 @@ def test_golden_file(tmp_path: Path) -> None:
         " 4",
         "layers = [",
         '  { name = "0", forward = 10.0, backward = 20.0, weight = 5.0, parameters = 20, activations = 100, '
-        "output = 16, copy = 1.0, waiting = 50, end = 0, selective = [60, 4.5], full = [20, 10.0] },",
+        "output = 16, copy = 1.0, waiting = 50, end = 0, saved = 0, selective = [60, 4.5], full = [20, 10.0] },",
     ]
     assert pk.LayerCosts.load(path) == COSTS == pk.LayerCosts.read(asdict(COSTS))
     assert read(load(path)).layers(8, Device(1.0))[0] == Layer("0", 20, 40, 10, 20, 200, 32)

@@ -126,7 +126,7 @@ def test_layers_of_one_form_hold_what_each_would() -> None:
     model = build("gpt", 0)
     x = KINDS["gpt"].batch(4).x
     alike = pk.profile(model, x, repeats=1)
-    for place, module in enumerate(model.modules()):  # type: ignore[union-attr]
+    for place, module in enumerate(model.modules()):
         module.place = place  # a setting: no two are alike
     apart = pk.profile(model, x, repeats=1)
     assert len(set(alike.forward)) < len(set(apart.forward)) == len(apart.names)
