@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.pipelines.machine import describe
 from benchmarks.record import write
-from pipekern.plan.partition import partition
+from pipekern.plan.partition import StageMemory, partition
 from pipekern.schedule import Costs, build, search
 from pipekern.schedule.stream import NAMES, simulate_large
 
@@ -41,6 +41,8 @@ GOALS = {  # seconds, MiB
     ("partition", "speeds and cut costs", 2000, 256): (2, None),
     ("partition", "step of 1024 micro-batches", 2000, 256): (2, None),
     ("partition", "step of 16 micro-batches", 2000, 256): (2, None),
+    ("partition", "three kinds, caps", 2000, 256): (2, None),
+    ("partition", "three kinds, caps, step of 256", 2000, 256): (2, None),
 }
 PUBLISHED = (  # p, m, F, B, W, c, then bubble rates: 1f1b and zb-h1 of the makespan, zb-h2 and the search of the span
     (8, 24, 18522, 18086, 9337, 601, 0.2431, 0.1585, 0.1083, 0.0433),
@@ -56,7 +58,10 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "speeds and cut costs": {"speeds": True, "cut_costs": True},
     "step of 1024 micro-batches": {"speeds": True, "cut_costs": True, "microbatches": 1024},
     "step of 16 micro-batches": {"speeds": True, "cut_costs": True, "microbatches": 16},
+    "three kinds, caps": {"kinds": True, "cut_costs": True},
+    "three kinds, caps, step of 256": {"kinds": True, "cut_costs": True, "microbatches": 256},
 }
+KINDS = ((1.0, 1.0), (1.7, 0.8), (2.6, 1.5))  # speed, and memory in twice the mean share
 
 
 class Case(NamedTuple):
@@ -129,11 +134,25 @@ def prepare(case: Case, rng: random.Random) -> Callable[[], object]:
     if case.what == "partition":
         layers = [rng.uniform(1, 100) for _ in range(first)]
         options = dict(WAYS[case.name])
+        if "cut_costs" in options:
+            options |= {"cut_costs": [rng.uniform(0, 20) for _ in range(first + 1)]}
         if "speeds" in options:
             options |= {"speeds": [rng.uniform(0.5, 2) for _ in range(second)]}
-            options |= {"cut_costs": [rng.uniform(0, 20) for _ in range(first + 1)]}
+        if options.pop("kinds", False):
+            options |= cluster(first, second, rng)
         return lambda: partition(layers, second, **options)
     return lambda: None
+
+
+def cluster(layers: int, devices: int, rng: random.Random) -> dict[str, Any]:
+    """Devices of three kinds in a random order, that hold fewer micro-batches the later they are, as under 1f1b."""
+    speeds, caps = zip(*(rng.choice(KINDS) for _ in range(devices)), strict=True)
+    fixed = [rng.uniform(50, 150) for _ in range(layers)]
+    activations = [rng.uniform(1, 3) for _ in range(layers)]
+    in_flight = [devices - stage for stage in range(devices)]
+    share = (sum(fixed) + sum(activations) * devices / 2) / devices
+    memory = StageMemory(fixed, activations, in_flight, [2 * cap * share for cap in caps])
+    return {"speeds": speeds, "memory": memory}
 
 
 def measure(case: Case, rounds: int) -> dict[str, object]:

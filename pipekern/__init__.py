@@ -25,8 +25,9 @@ from pipekern.errors import (
 
 if TYPE_CHECKING:
     from pipekern import nn, optim, plan, schedule, trace
+    from pipekern.runtime.costs import LayerCosts
     from pipekern.runtime.pipeline import Pipeline
-    from pipekern.runtime.profile import LayerCosts, profile
+    from pipekern.runtime.profile import profile
     from pipekern.runtime.verify import verify
     from pipekern.stage.cache import Cache
     from pipekern.stage.skip import Skip
@@ -63,7 +64,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     homes = {
         "Cache": "pipekern.stage.cache",
-        "LayerCosts": "pipekern.runtime.profile",
+        "LayerCosts": "pipekern.runtime.costs",
         "LayerSpec": "pipekern.stage.spec",
         "Pipeline": "pipekern.runtime.pipeline",
         "Skip": "pipekern.stage.skip",

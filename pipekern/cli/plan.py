@@ -9,6 +9,7 @@ from typing import Any
 
 from pipekern.cli.output import emit
 from pipekern.errors import ConfigError
+from pipekern.plan import toml
 from pipekern.plan.choose import label
 from pipekern.plan.cluster import Cluster
 from pipekern.plan.cost import read
@@ -32,13 +33,16 @@ def add(commands: Any) -> None:
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument(
-        "--model", type=Path, metavar="FILE.json", help="layers with their costs, or what pk.profile gives"
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="TOML or JSON: layers with their costs, as LayerCosts.save writes",
     )
     model.add_argument(
         "--transformer", type=_pairs, metavar="NAME=VALUE,…", help="layers dim heads vocab sequence hidden"
     )
     cluster = parser.add_mutually_exclusive_group(required=True)
-    cluster.add_argument("--cluster", type=Path, metavar="FILE.json", help="devices and links")
+    cluster.add_argument("--cluster", type=Path, metavar="FILE", help="TOML or JSON: devices and links, or a profile")
     cluster.add_argument(
         "--devices",
         type=_pairs,
@@ -94,10 +98,12 @@ def _cluster(values: dict[str, float]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".toml":
+        return toml.load(path)
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give a JSON file") from None
+        raise ConfigError(f"{path} cannot be read ({error}); give a JSON file, or a .toml one") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no JSON object; it needs one")
     return data

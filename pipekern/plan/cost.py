@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from pipekern.errors import ConfigError
 from pipekern.plan.cluster import Device
 
+_PROFILED = frozenset({"copy", "waiting", "end", "saved", "selective", "full"})  # in a profile, and no matter here
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -186,9 +188,9 @@ def read(data: Mapping[str, Any]) -> Measured | Estimated:
     """A model from plain values, in one of four forms; raises ``ConfigError``.
 
     ``{"transformer": {layers, dim, heads, vocab, sequence}}``; ``{"layers": [...]}`` with the fields of :class:`Work`
-    and ``width``, or with those of :class:`Layer` and the ``samples`` they were measured on; or the lists ``names``,
-    ``forward``, ``backward`` and ``weight`` that ``pipekern.profile`` gives, with ``samples``, ``parameters``,
-    ``activations`` and ``outputs``.
+    and ``width``, or with those of :class:`Layer` and the ``samples`` they were measured on, as in the file that
+    ``LayerCosts.save`` writes; or the lists ``names``, ``forward``, ``backward`` and ``weight`` that
+    ``pipekern.profile`` gives, with ``samples``, ``parameters``, ``activations`` and ``outputs``.
     """
     try:
         if "transformer" in data:
@@ -199,7 +201,8 @@ def read(data: Mapping[str, Any]) -> Measured | Estimated:
             return measured(times, **{name: data[name] for name in known if name in data})
         if all("flops" in row for row in data["layers"]):
             return Estimated([Work(**row) for row in data["layers"]], data.get("width", 2))
-        return Measured([Layer(**row) for row in data["layers"]], data.get("samples", 1))
+        rows = [{name: value for name, value in row.items() if name not in _PROFILED} for row in data["layers"]]
+        return Measured([Layer(**row) for row in rows], data.get("samples", 1))
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"the model cannot be read ({type(error).__name__}: {error}); it needs 'transformer', 'layers', or 'names' "

@@ -19,10 +19,10 @@ from pipekern.parallel.plan import Styles, choose_styles
 from pipekern.plan.choose import choose
 from pipekern.plan.offload import Offload
 from pipekern.plan.partition import partition
+from pipekern.runtime.costs import LayerCosts
 from pipekern.runtime.layout import layouts_of, refuse_unheld
 from pipekern.runtime.offloading import offloading
 from pipekern.runtime.options import Options, Split
-from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.recomputation import recomputation
 from pipekern.runtime.skips import Hop, hops, sent_directly
 from pipekern.schedule.collectives import Collectives
@@ -187,7 +187,7 @@ def _chosen(options: Options, units: Sequence[Unit], ranks: int) -> tuple[Schedu
         forward, weight = estimate(units), estimate_waiting(units)
         backward = [2 * cost - late for cost, late in zip(forward, weight, strict=True)]  # two products of its size
     elif isinstance(options.split, LayerCosts):
-        _check_costs(options.split, units)
+        options.split.check(units)
         forward, backward, weight = map(list, (options.split.forward, options.split.backward, options.split.weight))
     else:
         raise ConfigError(
@@ -197,13 +197,6 @@ def _chosen(options: Options, units: Sequence[Unit], ranks: int) -> tuple[Schedu
     m = options.microbatches
     choice = choose(forward, backward, weight=weight, ranks=ranks, microbatches=m, chunks=options.chunks)
     return choice.schedule, list(choice.split)
-
-
-def _check_costs(costs: LayerCosts, units: Sequence[Unit]) -> None:
-    if len(costs.names) != len(units):
-        raise ConfigError(
-            f"split has costs of {len(costs.names)} units, the model has {len(units)}: profile this model"
-        )
 
 
 def _schedule(schedule: str | Schedule, ranks: int, microbatches: int, chunks: int | None) -> Schedule:
@@ -236,7 +229,7 @@ def _split(split: Split, units: Sequence[Unit], order: Schedule) -> list[int]:
         )
     if split is None or isinstance(split, LayerCosts):
         if split is not None:
-            _check_costs(split, units)
+            split.check(units)
         costs = estimate(units) if split is None else split.total()
         bounds = partition(costs, order.stages).bounds
         return [b - a for a, b in pairwise(bounds)]

@@ -12,9 +12,9 @@ from pipekern.errors import ConfigError
 from pipekern.plan.cluster import Link
 from pipekern.plan.codec import choose_codec, message_bytes
 from pipekern.runtime.blueprint import Blueprint
+from pipekern.runtime.costs import LayerCosts
 from pipekern.runtime.messages import message_bytes as bytes_between
 from pipekern.runtime.options import Options
-from pipekern.runtime.profile import LayerCosts
 from pipekern.schedule.comms import Edge
 from pipekern.transport import probe
 from pipekern.transport.open import choose

@@ -69,39 +69,51 @@ class _Seen(NamedTuple):
     outputs: list[tuple[int, bool]]  # the place among the inputs of the memory it is in, or -1; whether it stays
 
 
-def footprint(units: Sequence[Unit], runs: Sequence[dict[str, Run]], x: Any, leaves: Callable[[Any], Any]) -> Footprint:
-    """Run each unit as ``runs`` says for each of ``CHOICES`` on what it gets from the one before; ``leaves`` makes a
-    value that starts a graph.
+class Look(NamedTuple):
+    """What one unit holds by itself: ``seen`` for each of ``CHOICES``; bytes that are ``waiting`` for weight work; the
+    ``sizes`` of its outputs' memory, the bytes of the ``output``, and those ``saved`` for a later unit.
+    """
+
+    seen: dict[str, _Seen]
+    waiting: int
+    sizes: list[int]
+    output: int
+    saved: int
+
+
+def look(unit: Unit, runs: dict[str, Run], value: Any, output: Any) -> Look:
+    """Run a unit on ``value`` as ``runs`` says for each of ``CHOICES``; ``output`` is what it made of it."""
+    waiting = _waiting(unit, runs["none"], value)
+    sizes = [t.untyped_storage().nbytes() for t in distinct(tensors(output))]
+    saves = isinstance(unit.train, Save) and isinstance(output, Carried)
+    saved = _nbytes(output.kept[unit.train.name]) if saves else 0
+    return Look({how: _seen(runs[how], value) for how in CHOICES}, waiting, sizes, _nbytes(output), saved)
+
+
+def footprint(looks: Sequence[Look], x: Any) -> Footprint:
+    """Of units in a row, the first of which gets ``x``.
 
     Memory that goes from unit to unit is its maker's, and counts where the maker or a later unit holds it when nothing
     is made again, or hands it on; an input that only a recomputation holds counts to that unit.
     """
-    value = x
     passing = [Passing(-1, 0) for _ in distinct(tensors(x))]
-    seen: list[dict[str, _Seen]] = []
-    inputs, made, waiting, outputs, saved = [], [], [], [], []
-    for index, (unit, run) in enumerate(zip(units, runs, strict=True)):
-        waiting.append(_waiting(unit, run["none"], value))
-        looks = {how: _look(run[how], value) for how in CHOICES}
-        with torch.no_grad():
-            value = leaves(run["none"](map_tensors(torch.clone, value)))
-        sizes = [t.untyped_storage().nbytes() for t in distinct(tensors(value))]
-        through = {at for at, _ in looks["none"].outputs}
-        for at, stays in enumerate(looks["none"].inputs):
+    inputs, made = [], []
+    for index, (seen, _, sizes, *_) in enumerate(looks):
+        through = {at for at, _ in seen["none"].outputs}
+        for at, stays in enumerate(seen["none"].inputs):
             passing[at].held |= stays or at in through  # the value goes on: some stage hands it to the next
         inputs.append(passing)
-        pairs = zip(looks["none"].outputs, sizes, strict=True)
+        pairs = zip(seen["none"].outputs, sizes, strict=True)
         passing = [passing[at] if at >= 0 else Passing(index, size, stays) for (at, stays), size in pairs]
-        seen.append(looks)
         made.append(passing)
-        outputs.append(_nbytes(value))
-        saves = isinstance(unit.train, Save) and isinstance(value, Carried)
-        saved.append(_nbytes(value.kept[unit.train.name]) if saves else 0)
     for one in passing:
         one.held = True
-    kept = [tuple(_kept(i, seen[i][how], inputs[i], made[i]) for how in CHOICES) for i in range(len(units))]
+    rows = zip(looks, inputs, made, strict=True)
+    kept = [tuple(_kept(i, one.seen[how], given, own) for how in CHOICES) for i, (one, given, own) in enumerate(rows)]
     ends = [_own(i, row, held=False) for i, row in enumerate(made)]
-    return Footprint(kept, waiting, outputs, ends, saved)
+    return Footprint(
+        kept, [one.waiting for one in looks], [one.output for one in looks], ends, [one.saved for one in looks]
+    )
 
 
 def _nbytes(value: Any) -> int:
@@ -118,7 +130,7 @@ def _own(index: int, outputs: Sequence[Passing], held: bool) -> int:
     return sum(own.values())
 
 
-def _look(run: Run, value: Any) -> _Seen:
+def _seen(run: Run, value: Any) -> _Seen:
     given = map_tensors(torch.clone, value)  # not leaves, which autograd's own nodes would hold
     before = [t.untyped_storage() for t in distinct(tensors(given))]
     keys, inputs = [s._cdata for s in before], [StorageWeakRef(s) for s in before]

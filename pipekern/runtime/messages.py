@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipekern.runtime.profile import LayerCosts
+from pipekern.runtime.costs import LayerCosts
 from pipekern.runtime.skips import Hop, sent_directly
 from pipekern.schedule.comms import Edge
 from pipekern.stage.skip import Save

@@ -15,7 +15,7 @@ from pipekern.optim.store import PRECISIONS
 from pipekern.parallel.mesh import Mesh
 from pipekern.parallel.plan import Plan
 from pipekern.plan.codec import CODECS
-from pipekern.runtime.profile import LayerCosts
+from pipekern.runtime.costs import LayerCosts
 from pipekern.schedule.ir import Schedule
 from pipekern.stage.recompute import CHOICES
 from pipekern.stage.spec import LayerSpec

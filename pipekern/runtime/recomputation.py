@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pipekern.errors import ConfigError
 from pipekern.plan.memory import slot_bytes
 from pipekern.plan.recompute import UnitWays, Way, choose_recompute
+from pipekern.runtime.costs import LayerCosts
 from pipekern.runtime.messages import message_bytes
 from pipekern.runtime.options import Options
-from pipekern.runtime.profile import LayerCosts
 from pipekern.runtime.skips import Hop
 from pipekern.schedule.comms import Program
 from pipekern.stage.recompute import CHOICES

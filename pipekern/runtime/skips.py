@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from pipekern.runtime.profile import LayerCosts
+from pipekern.runtime.costs import LayerCosts
 from pipekern.schedule.comms import Edge
 from pipekern.schedule.ir import Schedule
 from pipekern.schedule.simulate import Costs

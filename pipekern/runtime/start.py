@@ -16,12 +16,12 @@ from pipekern.parallel.tensor import Parts
 from pipekern.runtime.assembly import Assembly, build_stages, build_units
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
 from pipekern.runtime.codecs import link_codecs
+from pipekern.runtime.costs import LayerCosts
 from pipekern.runtime.head_loss import choose_head
 from pipekern.runtime.heap import keep_freed_memory
 from pipekern.runtime.limits import limits, memory_of
 from pipekern.runtime.links import all_links, links, prefix
 from pipekern.runtime.options import Options
-from pipekern.runtime.profile import LayerCosts
 from pipekern.stage.division import Division
 from pipekern.stage.unit import Unit
 from pipekern.transport.agree import disagreements

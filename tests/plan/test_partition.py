@@ -96,7 +96,7 @@ whole = st.integers(0, 20)
 @given(st.data())
 def test_no_cut_is_better_under_caps_by_step_time_and_in_any_order(data: st.DataObject) -> None:
     costs = data.draw(st.lists(whole, min_size=2, max_size=7))
-    layers, types = len(costs), data.draw(st.integers(1, 2))
+    layers, types = len(costs), data.draw(st.integers(1, 3))
     counts = [data.draw(st.integers(1, 2)) for _ in range(types)]
     parts = data.draw(st.integers(1, min(layers, sum(counts))))
     speeds = [data.draw(st.sampled_from([0.3, 0.5, 1, 1.5, 3])) for _ in counts]

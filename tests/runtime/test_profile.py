@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -95,3 +95,63 @@ def test_the_split_follows_given_costs() -> None:
         assert {span.stage for span in simulated.spans} == {0, 1}
     with pytest.raises(pk.ConfigError, match="costs of 3 units, the model has 5"):
         pk.Pipeline(model, split=pk.LayerCosts.given([1, 2, 3]), **options)
+
+
+class Counted(nn.Linear):
+    """Counts the calls of all of its kind, in a list that copies share."""
+
+    calls: ClassVar[list[int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        return super().forward(x)
+
+
+def test_layers_of_one_form_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve equal layers take as many calls as one, and have the same costs; one of another size is apart."""
+    monkeypatch.setattr(Counted, "calls", [])
+    pk.profile(nn.Sequential(Counted(4, 4)), torch.randn(2, 4), repeats=2)
+    one = len(Counted.calls)
+    equal = [Counted(4, 4) for _ in range(12)]
+    for layer in equal[1:]:
+        layer.weight.requires_grad_(True)
+    costs = pk.profile(nn.Sequential(nn.Linear(4, 4), *equal, Counted(4, 5)), torch.randn(2, 4), repeats=2)
+    assert len(Counted.calls) == 3 * one
+    assert len(set(costs.forward[1:13])) == 1 and len(set(costs.kept[1:13])) == 1
+    assert costs.parameters == (20,) * 13 + (25,)
+
+
+def test_layers_of_one_form_hold_what_each_would() -> None:
+    """Bytes counted with every layer run by itself are those of the one that stands for them."""
+    model = build("gpt", 0)
+    x = KINDS["gpt"].batch(4).x
+    alike = pk.profile(model, x, repeats=1)
+    for place, module in enumerate(model.modules()):
+        module.place = place  # a setting: no two are alike
+    apart = pk.profile(model, x, repeats=1)
+    assert len(set(alike.forward)) < len(set(apart.forward)) == len(apart.names)
+    assert (alike.kept, alike.waiting, alike.outputs, alike.ends) == (
+        apart.kept,
+        apart.waiting,
+        apart.outputs,
+        apart.ends,
+    )
+
+
+@pytest.mark.parametrize(("devices", "text"), [([], "nothing to measure on"), (["cuda:99"], "no 'cuda:99' here")])
+def test_devices_that_are_not_there(devices: list[str], text: str) -> None:
+    with pytest.raises(pk.ConfigError, match=text):
+        pk.profile(nn.Linear(4, 4), torch.randn(2, 4), devices=devices)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+def test_two_kinds_of_devices() -> None:
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))
+    costs = pk.profile(model, torch.randn(256, 512), devices=["cpu", "cuda:0"])
+    (other,) = costs.others
+    assert other.device == torch.cuda.get_device_name(0) and min(other.forward) > 0
+    assert costs.cluster is not None and costs.cluster.devices[1].flops == pytest.approx(
+        sum(costs.total()) / sum(map(sum, (other.forward, other.backward, other.weight)))
+    )
+    assert 0 < costs.cluster.links[0].bandwidth < 1e14 and next(model.parameters()).device.type == "cpu"
