@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankStats:
-    """One rank's seconds a step, medians of recent ones: ``stages[s][op]`` computing, op one of F, B, W, BW; ``waiting``
+    """One rank's seconds a step, medians of recent ones: ``stages[s][op]`` computing (F, B, W or BW); ``waiting``
     for messages and gathered values; ``sending``, which never waits; ``step`` from its first instruction to its last.
     """
 
