@@ -115,7 +115,7 @@ def _bar(steps: int) -> tqdm:
 
 
 def _balance(stats: Stats) -> str:
-    """How far the busiest rank is above the mean, and the stage to blame: one that has become slow, else the longest."""
+    """How far the busiest rank is above the mean, and why: a stage that has become slow, else the longest."""
     for (rank, stage), factor in stats.slow.items():
         return f"imbalance {stats.imbalance:.2f}, stage {stage} (rank {rank}) {factor:.1f} × slower than before"
     return f"imbalance {stats.imbalance:.2f} (stage {stats.slowest[1]})"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankStats:
-    """One rank's seconds a step, medians of recent ones: ``stages[s][op]`` computing, op being F, B, W or BW; ``waiting``
+    """One rank's seconds a step, medians of recent ones: ``stages[s][op]`` computing (F, B, W or BW); ``waiting``
     for messages and gathered values; ``sending``, which never waits; ``step`` from its first instruction to its last.
     """
 
@@ -25,8 +25,8 @@ class RankStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """What ``Pipeline.stats`` returns: ``ranks`` of the job in order, ``steps`` seen, and ``slow``, the stages that have
-    become slower than they were, by (rank, stage): how many times.
+    """What ``Pipeline.stats`` returns: ``ranks`` of the job in order, ``steps`` seen, and ``slow``, the stages that
+    have become slower than they were, by (rank, stage): how many times.
     """
 
     ranks: tuple[RankStats, ...]
@@ -53,8 +53,9 @@ class Stats:
 
     def __str__(self) -> str:
         rank, stage = self.slowest
+        whole = f"{self.steps} steps, {self.step * 1e3:.3g} ms each"
         lines = [
-            f"{self.steps} steps, {self.step * 1e3:.3g} ms each, imbalance {self.imbalance:.2f} (stage {stage}, rank {rank})",
+            f"{whole}, imbalance {self.imbalance:.2f} (stage {stage}, rank {rank})",
             "rank    busy ms  waiting ms  sending ms  stages",
         ]
         for number, row in enumerate(self.ranks):

@@ -1,8 +1,8 @@
 """Where the time of every step goes, and which stage has become slow.
 
-The clocks are those that the executor keeps anyway, of the host: on a CUDA device they tell how long a stage's work takes
-to queue, and to wait for where it must. Numbers travel with the flags by which all ranks agree at the end of a step, so that
-nobody waits for them.
+The clocks are those that the executor keeps anyway, of the host: on a CUDA device they tell how long a stage's work
+takes to queue, and to wait for where it must. Numbers travel with the flags by which all ranks agree at the end of a
+step, so that nobody waits for them.
 
 A stage is judged by the median of its micro-batches: what interrupts one (another process, a garbage collection) is not
 the stage's speed. ``Stats`` has sums.
@@ -104,19 +104,14 @@ class Watch:
         return Stats(ranks, self._steps, slow)
 
     def _medians(self) -> list[list[Any]]:
-        """Of each rank here: (stage, kind, seconds) of all that it does, and seconds from its first clock to its last."""
+        """Of each rank here: (stage, kind, seconds) of what it does, and seconds from its first clock to its last."""
         recent = self._recent or [([0] * len(self._parts.train.placed), 0)]
         step = median(whole for _, whole in recent) / 1e9
-        return [
-            [
-                [
-                    (*key, median(sum(spent[i] for i in where) for spent, _ in recent) / 1e9)
-                    for key, where in kinds.items()
-                ],
-                step,
-            ]
-            for kinds in self._sorted.values()
-        ]
+
+        def seconds(where: Sequence[int]) -> float:
+            return median(sum(spent[i] for i in where) for spent, _ in recent) / 1e9
+
+        return [[[(*key, seconds(where)) for key, where in row.items()], step] for row in self._sorted.values()]
 
 
 def _by_kind(placed: Sequence[Placed], rank: int) -> dict[tuple[int, str], list[int]]:

@@ -53,12 +53,12 @@ def heavy_tailed(generator: random.Random) -> list[list[float]]:
 
 
 def collected(generator: random.Random) -> list[list[float]]:
-    """A garbage collector stops one stage for four times its work, every 40 steps, for two; slow first steps."""
+    """A garbage collector stops one stage for four times its work, every 40 steps; slow first steps."""
     rows = []
     for step in range(1000):
         warm = 30 if step < 3 else 1
         rows.append(
-            [warm * 5e2 * generator.lognormvariate(0, 0.03) * (5 if (step + 20 * s) % 40 < 2 else 1) for s in range(2)]
+            [warm * 5e2 * generator.lognormvariate(0, 0.03) * (5 if (step + 20 * s) % 40 < 1 else 1) for s in range(2)]
         )
     return rows
 
