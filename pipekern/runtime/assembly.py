@@ -201,8 +201,9 @@ class Assembly:
         """
         first = {id(p): name for name, p in reversed(self.parameters.items())}
         for tie in self.blueprint.ties if self.rank is not None else ():
-            if self.rank in tie.names and self.rank != min(tie.names):
-                del first[id(self.parameters[tie.names[self.rank]])]
+            name = tie.names.get(self.rank, "")
+            if self.rank != min(tie.names) and name in self.parameters:  # a small one is in another replica's shard
+                del first[id(self.parameters[name])]
         return {name: self.parameters[name] for name in first.values()}
 
     def modules(self) -> list[nn.Module]:
