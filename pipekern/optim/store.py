@@ -98,7 +98,13 @@ class Store:
             bucket.part()
 
     def begin(self) -> None:
-        """Start a step: every gradient a zero."""
+        """Start a step: every gradient a zero. Raises ``ConfigError`` for a parameter that was frozen before."""
+        thawed = [name for name, p in self._known.items() if p.requires_grad and p.numel() and not self.has(name)]
+        if thawed:
+            raise ConfigError(
+                f"{', '.join(thawed)} took no gradient when the pipeline was made: there is no master and no sum over "
+                "replicas for it; make the pipeline anew after requires_grad_()"
+            )
         self.spans.clear()
         for bucket in self:
             bucket.begin()

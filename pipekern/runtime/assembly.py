@@ -206,8 +206,9 @@ class Assembly:
         """
         first = {id(p): name for name, p in reversed(self.parameters.items())}
         for tie in self.blueprint.ties if self.rank is not None else ():
-            if self.rank in tie.names and self.rank != min(tie.names):
-                del first[id(self.parameters[tie.names[self.rank]])]
+            name = tie.names.get(self.rank, "")  # type: ignore[arg-type]  # it is not None here
+            if self.rank != min(tie.names) and name in self.parameters:  # a small one is in another replica's shard
+                del first[id(self.parameters[name])]
         own = {name: self.parameters[name] for name in first.values()}
         return {name: p for name, p in own.items() if self.division is None or self.division.counts(p)}
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pipekern.errors import ConfigError
 from pipekern.plan.memory import size
 from pipekern.plan.offload import Offload, choose_offload, offload_share, stays
-from pipekern.runtime.costs import LayerCosts
 from pipekern.runtime.options import Options
 from pipekern.runtime.recomputation import fixed_bytes, limits, unit_ways
 from pipekern.runtime.skips import Hop

@@ -158,3 +158,13 @@ def test_ready_makes_values_of_what_an_optimizer_has_changed() -> None:
     assert bool((store.parameters["embed"] == 2).all())
     whole = store.whole(lambda piece: piece.parameter.detach())
     assert sorted(whole) == ["0.weight", "1.weight", "embed", "head"] and torch.equal(whole["embed"], whole["head"])
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_parameter_that_takes_gradients_only_later(low: bool) -> None:
+    """It would drift between replicas, and train without a master, in silence."""
+    store, stages = _store(low=low)
+    store.begin()
+    stages[0][2][1].requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"0\.frozen took no gradient when the pipeline was made"):
+        store.begin()

@@ -214,3 +214,47 @@ def test_ranks_that_were_given_different_ones(what: str) -> None:
     """Before they form groups, in which they would wait for others than those that wait for them."""
     texts = values(launch(_different, 4 if what == "order" else 2, what, timeout=40.0))
     assert all(("mesh" if what == "order" else what) in text for text in texts), texts
+
+
+class Scale(nn.Module):
+    """A product with a weight of one number."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def scaled() -> nn.Sequential:
+    weight = nn.Parameter(torch.full((1,), 1.5))
+    return nn.Sequential(Scale(weight), nn.Linear(4, 4), nn.Linear(4, 4), Scale(weight)).float()
+
+
+def _scaled(zero: int, seed: int) -> dict[str, Any]:
+    """Two steps of the fused optimizer, which clips, and a norm."""
+    replica = int(os.environ.get("RANK", "0")) // 2
+    torch.manual_seed(seed)
+    net, x = scaled(), torch.randn(8, 4)
+    mesh = {"dp": 2, "pp": 2} if zero >= 0 else None
+    x = x.tensor_split(2)[replica] if zero >= 0 else x
+    with pk.Pipeline(net, loss_fn=F.mse_loss, microbatches=2, ranks=2, mesh=mesh, zero=max(zero, 0)) as pipe:
+        optimizer = pipe.optimizer(pk.optim.AdamW, lr=1e-2, max_norm=0.1)
+        norms = []
+        for _ in range(2):
+            pipe.train_step(x, x)
+            norms.append(pipe.clip_grad_norm_(float("inf")).float())
+            optimizer.step()
+            assert isinstance(optimizer, pk.optim.AdamW)
+            norms.append(optimizer.norm.clone())
+            optimizer.zero_grad()
+        return {"norms": torch.stack(norms), **pipe.state_dict()}
+
+
+def test_a_weight_that_is_in_one_shard_alone(seed: int) -> None:
+    """And on two ranks: it counts once."""
+    want = _scaled(-1, seed)
+    for zero in range(4):
+        got = union(values(launch(_scaled, 4, zero, seed)))
+        assert distance(got, want) <= 1e-5, zero
