@@ -111,9 +111,8 @@ def footprint(looks: Sequence[Look], x: Any) -> Footprint:
     rows = zip(looks, inputs, made, strict=True)
     kept = [tuple(_kept(i, one.seen[how], given, own) for how in CHOICES) for i, (one, given, own) in enumerate(rows)]
     ends = [_own(i, row, held=False) for i, row in enumerate(made)]
-    return Footprint(
-        kept, [one.waiting for one in looks], [one.output for one in looks], ends, [one.saved for one in looks]
-    )
+    waiting, outputs, saved = ([getattr(one, what) for one in looks] for what in ("waiting", "output", "saved"))
+    return Footprint(kept, waiting, outputs, ends, saved)
 
 
 def _nbytes(value: Any) -> int:
