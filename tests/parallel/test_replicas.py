@@ -66,7 +66,7 @@ def _random(seed: int) -> list[list[Tensor]]:
     """Each dtype: what this replica gave, and what it got; two of each under way at once."""
     replicas, world = _replicas()
     torch.manual_seed(seed + replicas.index)
-    found: list[tuple[torch.Tensor, ...]] = []
+    found: list[list[Tensor]] = []
     for dtype in DTYPES:
         given = [torch.randn(36).to(dtype) for _ in range(2)]
         sums, parts = [g.clone() for g in given], [g.new_full((36 // replicas.size,), torch.nan) for g in given]
