@@ -205,8 +205,8 @@ class Assembly:
         first name.
         """
         first = {id(p): name for name, p in reversed(self.parameters.items())}
-        for tie in self.blueprint.ties if self.rank is not None else ():
-            name = tie.names.get(self.rank, "")  # type: ignore[arg-type]  # it is not None here
+        for tie in self.blueprint.ties:
+            name = "" if self.rank is None else tie.names.get(self.rank, "")
             if self.rank != min(tie.names) and name in self.parameters:  # a small one is in another replica's shard
                 del first[id(self.parameters[name])]
         own = {name: self.parameters[name] for name in first.values()}

@@ -25,7 +25,7 @@ class Unused(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[Any] = [*perceptron().children()][:8]
+        layers = list(perceptron())[:8]
         layers[0].requires_grad_(False)
         layers[2].bias.requires_grad_(False)
         layers[4].spare = nn.Parameter(torch.ones(3))
