@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipekern.errors import ConfigError
 from pipekern.parallel.replicas import Pending, Replicas
+from pipekern.parallel.tensor import as_part, lay_into, local
 
 _ALIGNED = 16  # bytes to which each parameter is aligned, as kernels read best
 
@@ -57,7 +58,8 @@ class Bucket:
         dtype = low or first.dtype
         self._gradient_dtype = torch.float32 if low else getattr(first, "grad_dtype", None) or dtype
         step = _ALIGNED // dtype.itemsize
-        sizes = [-(-p.numel() // step) * step for p in self.parameters]
+        self._shapes = [local(p.detach()).shape for p in self.parameters]
+        sizes = [-(-shape.numel() // step) * step for shape in self._shapes]
         self._places = list(accumulate(sizes, initial=0))
         unit = step * parts
         self.count = -(-self._places[-1] // unit) * unit
@@ -73,7 +75,7 @@ class Bucket:
         self._views_of_gradients: list[Tensor] = []
         self._fresh: list[int] = []  # versions of the pieces that the values were made of
         for parameter, view in zip(self.parameters, self._views(self.values), strict=True):
-            parameter.data = view
+            lay_into(parameter, view)
             if low is not None:
                 parameter.grad_dtype = torch.float32
         self.pieces = self._cut()
@@ -84,7 +86,7 @@ class Bucket:
         first = self.parameters[0]
         flat = torch.zeros(self.count, dtype=first.dtype, device=first.device)
         for parameter, view in zip(self.parameters, self._views(flat), strict=True):
-            view.copy_(parameter.detach())
+            view.copy_(local(parameter.detach()))
         values = flat.to(dtype)
         if not self._apart:
             return values, values[self._own]
@@ -92,25 +94,26 @@ class Bucket:
         return values, flat[self._own].to(wide, copy=True)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        starts = zip(self._places, self.parameters, strict=False)
-        return [flat[start : start + p.numel()].view(p.shape) for start, p in starts]
+        starts = zip(self._places, self._shapes, strict=False)
+        return [flat[start : start + shape.numel()].view(shape) for start, shape in starts]
 
     def _cut(self) -> list[Piece]:
         pieces = []
-        for name, parameter, place in zip(self.names, self.parameters, self._places, strict=False):
-            start, end = max(place, self._own.start), min(place + parameter.numel(), self._own.stop)
+        for name, parameter, whole, place in zip(self.names, self.parameters, self._shapes, self._places, strict=False):
+            start, end = max(place, self._own.start), min(place + whole.numel(), self._own.stop)
             if start >= end:
                 continue
-            shape = parameter.shape if end - start == parameter.numel() else (end - start,)
+            shape = whole if end - start == whole.numel() else (end - start,)
             master = self.masters[start - self._own.start : end - self._own.start].view(shape)
-            piece = nn.Parameter(master) if self._apart or shape != parameter.shape else parameter
+            piece = nn.Parameter(master) if self._apart or shape != whole else parameter
             pieces.append(Piece(name, parameter, start - place, piece))
         return pieces
 
     def _part(self, flat: Tensor, piece: Piece, origin: int) -> Tensor:
         """What ``piece`` covers of ``flat``, whose first element is number ``origin`` of the bucket."""
         start = self._places[self.names.index(piece.name)] + piece.start - origin
-        return flat[start : start + piece.parameter.numel()].view(piece.parameter.shape)
+        shape = local(piece.parameter.detach()).shape
+        return flat[start : start + shape.numel()].view(shape)
 
     # -- a step
 
@@ -132,7 +135,8 @@ class Bucket:
             return
         if self._gradients is None:
             self._gradients = torch.zeros(self.count, dtype=self._gradient_dtype, device=self.values.device)
-            self._views_of_gradients = self._views(self._gradients)
+            views = zip(self.parameters, self._views(self._gradients), strict=True)
+            self._views_of_gradients = [as_part(parameter, view) for parameter, view in views]
         else:
             self._gradients.zero_()
         for parameter, view in zip(self.parameters, self._views_of_gradients, strict=True):
@@ -183,7 +187,8 @@ class Bucket:
         assert self._reduced is not None
         for piece in self.pieces:
             if piece.name not in self._gradient_of:  # the same objects in every step: optimizers know them again
-                self._gradient_of[piece.name] = self._part(self._reduced, piece, self._own.start)
+                own = self._part(self._reduced, piece, self._own.start)
+                self._gradient_of[piece.name] = as_part(piece.parameter, own)
             piece.parameter.grad = self._gradient_of[piece.name]
         if self._zero > 1:
             self._gradients = None

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from pipekern.parallel.tensor import local
+
 
 def partials(parameters: Mapping[int, nn.Parameter], norm_type: float) -> torch.Tensor:
     """Rows (index, norm of that parameter's gradient), float64, for the parameters that have one."""
@@ -16,7 +18,7 @@ def partials(parameters: Mapping[int, nn.Parameter], norm_type: float) -> torch.
 
 def _norm(grad: torch.Tensor, norm_type: float) -> float:
     wide = torch.promote_types(grad.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(grad, norm_type, dtype=wide))
+    return float(torch.linalg.vector_norm(local(grad), norm_type, dtype=wide))
 
 
 def total_norm(rows: Iterable[torch.Tensor], norm_type: float) -> tuple[torch.Tensor, int]:
@@ -24,7 +26,7 @@ def total_norm(rows: Iterable[torch.Tensor], norm_type: float) -> tuple[torch.Te
     first that is not finite, -1 where all are.
     """
     table = torch.cat(list(rows))
-    table = table[table[:, 0].argsort()]
+    table = table[table[:, 0].argsort(stable=True)]
     bad = (~torch.isfinite(table[:, 1])).nonzero()
     total = torch.linalg.vector_norm(table[:, 1], norm_type) if len(table) else torch.zeros((), dtype=torch.float64)
     return total, int(table[bad[0, 0], 0]) if len(bad) else -1
@@ -35,6 +37,6 @@ def scale(parameters: Iterable[nn.Parameter], max_norm: float, total: torch.Tens
     ``torch.nn.utils.clip_grad_norm_``.
     """
     factor = float(max_norm / (total + 1e-6))
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
     if factor < 1.0 and grads:
         torch._foreach_mul_(grads, factor)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipekern.errors import ConfigError
 from pipekern.kernels.grad_stats import grad_stats
 from pipekern.kernels.table import Table
+from pipekern.parallel.tensor import local
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -102,11 +103,11 @@ def _launch(members: list[tuple[nn.Parameter, int]], state: State, copies: Mappi
     grads = [p.grad for p in parameters if p.grad is not None]
     moments = [[state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")]
     low = [copies[p] for p in parameters if p in copies]
-    columns = (parameters, grads, *moments, *([low] if low else []))
-    table = Table(*columns, groups=[group for _, group in members])
+    columns: list[list[Tensor]] = [[*parameters], grads, *moments, *([low] if low else [])]
+    table = Table(*([local(tensor) for tensor in column] for column in columns), groups=[group for _, group in members])
     progress = torch.zeros(2, dtype=torch.int32, device=parameters[0].device)
     progress[:1].copy_(state[parameters[0]]["step"])
     step = progress[0]
     for p in parameters:
         state[p]["step"] = step
-    return Launch(table, Table(grads), progress)
+    return Launch(table, Table(list(map(local, grads))), progress)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from pipekern.errors import ConfigError
 from pipekern.optim.bucket import Bucket, Piece, divide
 from pipekern.parallel.replicas import Pending, Replicas
+from pipekern.parallel.tensor import local, part_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -205,4 +206,4 @@ class Store:
         """Copy a whole ``value`` into the parameter ``name``, as far as it is here."""
         piece = self._own.get(id(self._known[name]))
         if piece is not None:
-            piece.parameter.copy_(self.part_of(name, value))
+            local(piece.parameter).copy_(part_of(piece.parameter, self.part_of(name, value)))

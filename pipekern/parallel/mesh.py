@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -108,9 +109,9 @@ class Grid:
         return self.ranks[place.pp][place.dp][place.tp]
 
 
-def groups(grid: Grid, rank: int, device: torch.device, along: str) -> dist.ProcessGroup | None:
+def groups(grid: Grid, rank: int, device: torch.device, along: str, timeout: float) -> dist.ProcessGroup | None:
     """The process group of ``rank`` along "dp" or "tp", over NCCL between GPUs, else gloo; None where it would be
-    alone. Collective over the job.
+    alone. A blocking call in it fails after ``timeout`` seconds. Collective over the job.
     """
     if getattr(grid.sizes, along) == 1:
         return None
@@ -118,7 +119,7 @@ def groups(grid: Grid, rank: int, device: torch.device, along: str) -> dist.Proc
     place, own = grid.place(rank), None
     for start in _starts(grid.sizes, along):
         members = [grid.rank(start._replace(**{along: i})) for i in range(getattr(grid.sizes, along))]
-        group = dist.new_group(members, backend=backend)
+        group = dist.new_group(members, timeout=timedelta(seconds=timeout), backend=backend)
         if place._replace(**{along: 0}) == start:
             own = group
     return own

@@ -52,7 +52,7 @@ class Pending:
             self._work.wait()
         except RuntimeError as error:
             self._blame()
-            raise TransportError(f"{self.what} between the replicas of a stage failed: {error}") from error
+            raise TransportError(f"{self.what} failed: {error}") from error
         if self._then is not None:
             self._then()
             self._then = None
@@ -70,8 +70,15 @@ class Replicas:
     to the job. ``sent`` counts the bytes that a ring of so many sends from here, by kind.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, index: int, size: int, check: Callable[[], None]):
-        self.index, self.size = index, size
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        index: int,
+        size: int,
+        check: Callable[[], None],
+        between: str = "the replicas of a stage",
+    ):
+        self.index, self.size, self._between = index, size, between
         self.sent = {"reduce": 0, "gather": 0}
         self._group, self._check = group, check
 
@@ -114,7 +121,7 @@ class Replicas:
         return values.nbytes * (self.size - 1) // self.size
 
     def _pending(self, work: Any, what: str, values: Tensor, then: Callable[[], object] | None = None) -> Pending:
-        return Pending(work, what, values.is_cuda, self._check, then)
+        return Pending(work, f"{what} between {self._between}", values.is_cuda, self._check, then)
 
 
 def speed(replicas: Replicas, device: torch.device, repeats: int = 3) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from pipekern.errors import TransportError
 from pipekern.optim.store import Store
 from pipekern.parallel.mesh import ALONE, FIRST, Place
 from pipekern.parallel.replicas import Replicas
+from pipekern.parallel.tensor import local, part_of, whole
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.blueprint import Blueprint
 from pipekern.runtime.collective import Star
@@ -27,6 +28,7 @@ from pipekern.runtime.loss import Loss, Verdict
 from pipekern.runtime.options import Options
 from pipekern.runtime.outgoing import LOSS_TAG, Outgoing
 from pipekern.runtime.runner import Held, Runner
+from pipekern.stage.division import Division
 from pipekern.stage.host import Host
 from pipekern.stage.offload import Offload
 from pipekern.stage.random import unit_keys
@@ -61,8 +63,9 @@ class Assembly:
         sizes: Place = ALONE,
         replicas: Replicas | None = None,
         zero: int = 0,
+        division: Division | None = None,
     ):
-        self.replicas, self.zero = replicas, zero
+        self.replicas, self.zero, self.division = replicas, zero, division
         self.place, self.sizes = place, sizes
         self.store: Store | None = None
         self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
@@ -126,7 +129,7 @@ class Assembly:
         self.ties.equalise()
         if self.replicas is not None:
             for tensor in {id(t): t for unit in self.units() for t in unit.state().values()}.values():
-                self.replicas.equalise(tensor.detach())
+                self.replicas.equalise(local(tensor.detach()))
         blueprint = self.blueprint
         if blueprint.layouts:
             named = {
@@ -153,16 +156,18 @@ class Assembly:
         if verdict is None:
             return Verdict.decode(self.star.receive(LOSS_TAG | batch.tag))
         if self.star.pipelines > 1:
-            rows = self.star.of_roots(verdict.encode())[self.place.tp :: self.sizes.tp]
+            rows = self.star.of_roots(verdict.encode())[:: self.sizes.tp]  # of the first parts: the same bits on all
             verdict = Verdict.over([Verdict.decode(row) for row in rows])
             self.star.publish(LOSS_TAG | batch.tag, verdict.encode())
         return verdict
 
     def of_parameters(self, value: Any) -> list[Any]:
         """``value`` of every rank that has parameters which no other has; collective."""
-        if not self.zero:
+        if not self.zero and self.division is None:
             return self.star.gather(value)
-        pipelines = self.star.everywhere(value)[self.place.tp :: self.sizes.tp]
+        pipelines, parts = self.star.everywhere(value), self.sizes.tp
+        if not self.zero:
+            pipelines = pipelines[self.place.dp * parts : (self.place.dp + 1) * parts]
         return [row for rows in pipelines for row in rows]
 
     @property
@@ -176,14 +181,14 @@ class Assembly:
 
     def state(self) -> dict[str, Tensor]:
         """This process's parameters, as an optimizer sees them but whole, and buffers, by name in the model; collective
-        where parameters are in shards.
+        where parameters are in shards or parts.
         """
         known = set(self.blueprint.state)
         own = {name: value for unit in self.units() for name, value in unit.state().items() if name in known}
         if self.store is not None:
-            whole = self.store.whole(lambda piece: piece.parameter.detach())
-            own |= {name: value for name, value in whole.items() if name in own}
-        return own
+            laid = self.store.whole(lambda piece: piece.parameter.detach())
+            own |= {name: value for name, value in laid.items() if name in own}
+        return {name: whole(value) for name, value in own.items()}
 
     @torch.no_grad()
     def put(self, name: str, value: Tensor) -> None:
@@ -193,7 +198,7 @@ class Assembly:
             return
         for unit in self.units():  # copies of a buffer may be in several
             if name.startswith(unit.prefix) and (own := unit.state().get(name)) is not None:
-                own.copy_(value)
+                local(own).copy_(part_of(own, value))
 
     def counted(self) -> dict[str, nn.Parameter]:
         """The parameters that this process answers for in a sum over the model: a tied one on its owner, under its
@@ -203,7 +208,8 @@ class Assembly:
         for tie in self.blueprint.ties if self.rank is not None else ():
             if self.rank in tie.names and self.rank != min(tie.names):
                 del first[id(self.parameters[tie.names[self.rank]])]
-        return {name: self.parameters[name] for name in first.values()}
+        own = {name: self.parameters[name] for name in first.values()}
+        return {name: p for name, p in own.items() if self.division is None or self.division.counts(p)}
 
     def modules(self) -> list[nn.Module]:
         """The modules of this process's stages, and the root."""
@@ -275,21 +281,33 @@ class Assembly:
             runner.clear()
 
 
+def build_units(blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device]) -> dict[int, list[Unit]]:
+    """The units of the stages ``here``, with memory and weights, each on the device of its rank; ``devices`` is by
+    rank.
+    """
+    built = {index: [unit.built() for unit in blueprint.stages[index]] for index in here}
+    for index, units in built.items():
+        for unit in units:
+            unit.train.to(devices[blueprint.schedule.stage_rank[index]])
+            unit.evaluate.to(devices[blueprint.schedule.stage_rank[index]])
+    return built
+
+
 def build_stages(
-    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], options: Options, replica: int = 0
+    blueprint: Blueprint,
+    built: Mapping[int, list[Unit]],
+    devices: Sequence[torch.device],
+    options: Options,
+    replica: int = 0,
 ) -> dict[int, Stage]:
-    """The stages ``here``, with memory and weights, each on the device of its rank; ``devices`` is by rank."""
+    """The stages of the units ``built``; ``devices`` is by rank."""
     stages = {}
     m = blueprint.schedule.microbatches
     microbatches = range(replica * m, replica * m + m)
     hosts: dict[int, Host] = {}
-    for index in here:
+    for index, units in built.items():
         rank = blueprint.schedule.stage_rank[index]
         device = devices[rank]
-        units = [unit.built() for unit in blueprint.stages[index]]
-        for unit in units:
-            unit.train.to(device)
-            unit.evaluate.to(device)
         first = blueprint.first_unit[index]
         keys = unit_keys(options.seed, microbatches, range(first, first + len(units)))
         away = [trip.microbatch for trip in blueprint.offload.trips[rank] if trip.stage == index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,8 @@ from pipekern import schedule as schedules
 from pipekern._version import __version__
 from pipekern.errors import ConfigError
 from pipekern.optim.store import PRECISIONS, Layout, low_precision
+from pipekern.parallel.mesh import ALONE, Place
+from pipekern.parallel.plan import Styles, choose_styles
 from pipekern.plan.choose import choose
 from pipekern.plan.offload import Offload
 from pipekern.plan.partition import partition
@@ -26,6 +28,7 @@ from pipekern.runtime.skips import Hop, hops, sent_directly
 from pipekern.schedule.collectives import Collectives
 from pipekern.schedule.comms import Edge, Program
 from pipekern.schedule.ir import Schedule
+from pipekern.stage.division import named_modules
 from pipekern.stage.estimate import estimate, estimate_waiting
 from pipekern.stage.sharing import Tie, find_ties, refuse_shared_state
 from pipekern.stage.unit import Unit, cut
@@ -55,6 +58,7 @@ class Blueprint:
     dtypes: dict[str, torch.dtype]
     precision: torch.dtype | None
     offload: Offload
+    styles: Styles
 
     @property
     def direct(self) -> dict[Edge, list[str]]:
@@ -65,6 +69,12 @@ class Blueprint:
     def root_rank(self) -> int:
         """The rank of the last stage, which knows the loss first."""
         return self.schedule.stage_rank[-1]
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules of the model, of its root and its units; one that several have comes as often."""
+        units = [unit for stage in self.stages for unit in stage]
+        for top in (self.root, *(unit.train for unit in units), *(unit.evaluate for unit in units)):
+            yield from top.modules()
 
     def slots(self) -> dict[tuple[int, int], int]:
         """Slots of each link between stages: enough for training and for evaluation."""
@@ -85,17 +95,20 @@ class Blueprint:
             "offload": str(self.offload.trips),
             "skips": list(map(str, self.skips)),
             "buckets": [self.layouts.get(stage) for stage in range(self.schedule.stages)],
+            "tensor-parallel plan": [f"{name} {type(style).__name__}" for name, style in self.styles.items()],
             "parameters": [f"{name} {list(p.shape)}" for name, p in parameters],
             "dtype": ", ".join(sorted({str(p.dtype) for _, p in parameters})),
             "version of pipekern": __version__,
         }
 
 
-def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25, together: bool = True) -> Blueprint:
+def draw(options: Options, ranks: int, sizes: Place = ALONE, bucket: int = 1 << 25, together: bool = True) -> Blueprint:
     """Check every option and cut the model. Raises ``ConfigError`` or ``ScheduleError`` before anything starts.
 
-    ``bucket``: the most bytes that go between ``replicas`` at once. ``together``: one process has all ranks.
+    ``sizes``: of the mesh. ``bucket``: the most bytes that go between replicas at once. ``together``: one process has
+    all ranks.
     """
+    replicas = sizes.dp
     root, units = cut(options.module, options.seed, options.inputs)
     _check_microbatches(options.microbatches)
     if options.schedule == "auto":
@@ -141,7 +154,26 @@ def draw(options: Options, ranks: int, replicas: int = 1, bucket: int = 1 << 25,
         dtypes,
         None if options.precision is None else PRECISIONS[options.precision],
         offload,
+        _styles(options, units, sizes),
     )
+
+
+def _styles(options: Options, units: Sequence[Unit], sizes: Place) -> Styles:
+    """How the modules of the tensor-parallel plan are divided."""
+    if options.tensor_parallel is None:
+        if sizes.tp > 1:
+            raise ConfigError(
+                f"mesh has tp={sizes.tp}, and tensor_parallel does not say which modules are in parts; give styles by "
+                "module, or 'auto' for the plan of a Hugging Face model"
+            )
+        return {}
+    for name in ("zero", "precision") if sizes.tp > 1 else ():
+        if getattr(options, name):
+            raise ConfigError(
+                f"{name}={getattr(options, name)!r} with tp={sizes.tp}: masters and shards of parameters in parts are "
+                "not there yet; leave it out, or use tp=1"
+            )
+    return choose_styles(options.tensor_parallel, options.module, dict(named_modules(units)), sizes.tp)
 
 
 def _check_microbatches(microbatches: object) -> None:
@@ -224,11 +256,9 @@ def owned(blueprint: Blueprint, stages: Sequence[int]) -> set[int]:
 
 def free_others(blueprint: Blueprint, keep: set[int]) -> None:
     """Replace the parameters that are not in ``keep`` by ones without memory; tied ones stay tied."""
-    units = [unit for stage in blueprint.stages for unit in stage]
-    tops = [blueprint.root, *(unit.train for unit in units), *(unit.evaluate for unit in units)]
     # By the parameter itself, which so stays alive: an identity may be another's once it is gone.
     empty: dict[nn.Parameter, nn.Parameter] = {}
-    for module in (module for top in tops for module in top.modules()):
+    for module in blueprint.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in keep:
                 meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from pipekern.parallel.tensor import as_part, local
 from pipekern.runtime.outgoing import TIE_TAG, Outgoing
 from pipekern.stage.sharing import Tie
 from pipekern.transport.base import Link, Receiver, Sender
@@ -55,26 +56,28 @@ class Ties:
             owner = min(tie.names)
             if self._rank == owner:
                 for other in tie.names.keys() - {owner}:
-                    self._outgoing.send(self._senders[f"tie {owner}>{other}"], TIE_TAG | i, parameter.detach())
+                    self._outgoing.send(self._senders[f"tie {owner}>{other}"], TIE_TAG | i, local(parameter.detach()))
             else:
                 message = self._outgoing.receive(self._receivers[f"tie {owner}>{self._rank}"], TIE_TAG | i)
                 with torch.no_grad():
-                    parameter.copy_(message.value)
+                    local(parameter).copy_(message.value)
 
     def reduce(self, tag: int) -> None:
         """Give each of them the sum of all ranks' ``.grad``, added in the order of ranks: the same bits everywhere."""
-        for i, tie, parameter in self._held:
+        own = [None if p.grad is None else local(p.grad) for p in self.parameters]
+        for (i, tie, _), grad in zip(self._held, own, strict=True):
             for other in tie.names.keys() - {self._rank}:
-                self._outgoing.send(self._senders[f"tie {self._rank}>{other}"], TIE_TAG | tag | i, parameter.grad)
-        for i, tie, parameter in self._held:
+                self._outgoing.send(self._senders[f"tie {self._rank}>{other}"], TIE_TAG | tag | i, grad)
+        for (i, tie, parameter), grad in zip(self._held, own, strict=True):
             grads = {}
             for rank in tie.names:
                 if rank == self._rank:
-                    grads[rank] = parameter.grad
+                    grads[rank] = grad
                 else:
                     message = self._outgoing.receive(self._receivers[f"tie {rank}>{self._rank}"], TIE_TAG | tag | i)
                     grads[rank] = message.value
-            parameter.grad = _sum(grads[rank] for rank in sorted(grads))
+            total = _sum(grads[rank] for rank in sorted(grads))
+            parameter.grad = None if total is None else as_part(parameter, total)
         self._outgoing.drain()
 
 
@@ -100,7 +103,7 @@ class Deltas:
         """Divide the step's own gradients."""
         if divisor == 1.0:
             return
-        grads = [p.grad for p, _ in self._before if p.grad is not None]
+        grads = [local(p.grad) for p, _ in self._before if p.grad is not None]
         if grads:
             torch._foreach_div_(grads, divisor)
 

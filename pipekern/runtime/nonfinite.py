@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipekern.errors import NumericsError
 from pipekern.optim.scale import LossScale
+from pipekern.parallel.tensor import local
 from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.watch import Watch
@@ -26,7 +27,7 @@ def finite(values: Iterable[Tensor]) -> bool:
     A norm is not finite where an entry is not, and where it overflows: then every entry is looked at.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for value in values:
+    for value in map(local, values):
         dense = value._values() if value.is_sparse else value
         groups.setdefault((dense.device, dense.dtype), []).append(dense.detach())
     norms = [torch.stack(torch._foreach_norm(group, 2)).sum() for group in groups.values()]
@@ -122,7 +123,9 @@ def locate(parts: Assembly, batch: Batch) -> str:
         parts.verdict(again)
     parts.train.times = times
     rows = parts.star.everywhere([tuple(one) for one in sorted(found, key=_place)[:1]])
-    first = min((Finding(*row) for pipeline in rows for own in pipeline for row in own), key=_place, default=None)
+    every = [Finding(*row) for pipeline in rows for own in pipeline for row in own]
+    # Of a stage's parts or replicas, the one that knows why has more to say.
+    first = min(every, key=lambda finding: (_place(finding), -len(finding.what)), default=None)
     if first is None:
         return (
             "which does not show when the step runs again: a sum over micro-batches or steps overflows, nothing was "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipekern.errors import CheckpointError
+from pipekern.parallel.tensor import as_part, part_of
 
 _HOST = "step"  # kept on the CPU by torch's optimizers, unless they are asked to be capturable or fused
 
@@ -91,7 +92,9 @@ class OptimizerState:
         parameter, group = self._place[name]
         on_host = key == _HOST and not group.get("capturable") and not group.get("fused")
         device = torch.device("cpu") if on_host else parameter.device
-        self._optimizer.state[parameter][key] = value.to(device, copy=True)
+        value = value.to(device, copy=True)
+        fits = value.shape == parameter.shape
+        self._optimizer.state[parameter][key] = as_part(parameter, part_of(parameter, value)) if fits else value
 
     def __contains__(self, name: str) -> bool:
         return name in self._place

@@ -13,6 +13,7 @@ from pipekern.errors import ConfigError
 from pipekern.optim.scale import LossScale
 from pipekern.optim.store import PRECISIONS
 from pipekern.parallel.mesh import Mesh
+from pipekern.parallel.plan import Plan
 from pipekern.plan.codec import CODECS
 from pipekern.runtime.profile import LayerCosts
 from pipekern.schedule.ir import Schedule
@@ -52,6 +53,7 @@ class Options:
     loss_scale: LossScale | None = None
     offload: float | str | None = None
     offload_folder: str | None = None
+    tensor_parallel: Plan = None
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""
@@ -69,6 +71,10 @@ class Options:
                 raise ConfigError(f"{name}={wrong[0]!r}; choose one of {', '.join(map(repr, choices))}")
         if self.loss_scale is not None and self.precision != "fp16":
             raise ConfigError(f"loss_scale with precision={self.precision!r}: it is for precision='fp16'; leave it out")
+        if self.tensor_parallel is not None and self.fuse_loss:
+            raise ConfigError(
+                "fuse_loss=True with tensor_parallel: the loss takes no head in parts; leave fuse_loss out"
+            )
         if not self.timeout > 0:
             raise ConfigError(f"timeout={self.timeout!r}; give the seconds that a silent rank is waited for, above 0")
         if self.memory is not None and "auto" not in (self.recompute, self.offload) and self.zero < 3:

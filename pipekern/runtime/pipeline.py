@@ -16,6 +16,7 @@ from pipekern.errors import CheckpointError, TransportError
 from pipekern.optim import clip
 from pipekern.optim.scale import LossScale
 from pipekern.parallel.mesh import Mesh
+from pipekern.parallel.plan import Plan
 from pipekern.plan.offload import Offload
 from pipekern.runtime import microbatch, optimizer, saving
 from pipekern.runtime.batch import Batch, divide
@@ -77,6 +78,11 @@ class Pipeline:
     * ``offload``: the share, 0 to 1, by which the most activations that a rank holds shall fall: they are put away in
       host memory between forward and backward, as far as the schedule leaves time (see ``offloads``). ``"auto"``: what
       is more than ``memory``, by the bytes in ``split``. On a CPU ``offload_folder`` is where, in unnamed files.
+    * ``tensor_parallel``: where ``mesh`` has "tp", which modules are in parts, and how: styles of
+      ``torch.distributed.tensor.parallel`` by patterns of module names, such as ``{"blocks.*.up": ColwiseParallel()}``,
+      or ``"auto"`` for the ``tp_plan`` of a Hugging Face model. Their parameters are DTensors; all parts are given the
+      same batches. A module between must take its width from its input, as ``view(..., -1, head_dim)`` does. Each part
+      draws random numbers of its own between a module whose output is in parts and one whose output is whole.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for. A process that is stopped,
       but not by a debugger, gets an eighth of it, and at least one second.
 
@@ -111,12 +117,13 @@ class Pipeline:
         loss_scale: LossScale | None = None,
         offload: float | str | None = None,
         offload_folder: str | None = None,
+        tensor_parallel: Plan = None,
     ):
         self._parts = start(
             Options(
                 module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
                 transport, timeout, inputs, memory, fuse_loss, codec, mesh, precision, zero, loss_scale, offload,
-                offload_folder,
+                offload_folder, tensor_parallel,
             )
         )  # fmt: skip
         self.loss_path, self.codecs = self._parts.loss_path, self._parts.codecs

@@ -24,6 +24,7 @@ from pipekern.checkpoint.save import Shard
 from pipekern.checkpoint.save import save as save_shards
 from pipekern.errors import CheckpointError, ConfigError
 from pipekern.optim.scale import LossScale
+from pipekern.parallel.tensor import whole
 from pipekern.runtime import generators
 from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.collective import Star
@@ -42,10 +43,10 @@ def sources(parts: Assembly, names: Names, optimizer: OptimizerState | None) -> 
     shards, which are put together now, all of them.
     """
     files: dict[int, Sources] = {index: {} for index, _ in _units(parts)}
-    whole = parts.state()
+    state = parts.state()
     for index, name, value in _state(parts, names):
         if names.unit.get(name) == index:
-            files[index][f"model/{name}"] = whole.get(name, value).detach
+            files[index][f"model/{name}"] = state.get(name, value).detach
     for name, key, value in () if optimizer is None else _moments(parts, names, optimizer):
         if names.unit[name] in files:
             files[names.unit[name]][_optimizer_key(name, key)] = value.detach
@@ -54,7 +55,7 @@ def sources(parts: Assembly, names: Names, optimizer: OptimizerState | None) -> 
 
 def _moments(parts: Assembly, names: Names, optimizer: OptimizerState) -> list[tuple[str, str, Tensor]]:
     """What ``optimizer`` keeps, by parameter and key, whole."""
-    own = list(optimizer.tensors())
+    own = [(name, key, whole(value)) for name, key, value in optimizer.tensors()]
     store = parts.store
     if store is None or not parts.zero:
         return own
@@ -63,8 +64,8 @@ def _moments(parts: Assembly, names: Names, optimizer: OptimizerState) -> list[t
     rows = [row for pipeline in parts.star.everywhere((sorted(split), rest)) for row in pipeline]
     found = list({(name, key): (name, key, value) for _, others in rows for name, key, value in others}.values())
     for key in sorted({key for keys, _ in rows for key in keys}):
-        whole = store.whole(lambda piece, key=key: optimizer.of(piece.parameter, key))  # type: ignore[misc]
-        found += [(name, key, value) for name, value in whole.items() if names.first.get(name) == name]
+        laid = store.whole(lambda piece, key=key: optimizer.of(piece.parameter, key))  # type: ignore[misc]
+        found += [(name, key, value) for name, value in laid.items() if names.first.get(name) == name]
     return found
 
 

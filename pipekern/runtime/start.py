@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -12,7 +12,8 @@ import torch
 from pipekern.errors import ConfigError, PipekernError
 from pipekern.parallel.mesh import FIRST, Grid, groups
 from pipekern.parallel.replicas import Replicas, speed
-from pipekern.runtime.assembly import Assembly, build_stages
+from pipekern.parallel.tensor import Parts
+from pipekern.runtime.assembly import Assembly, build_stages, build_units
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
 from pipekern.runtime.codecs import link_codecs
 from pipekern.runtime.head_loss import choose_head
@@ -21,6 +22,8 @@ from pipekern.runtime.limits import limits, memory_of
 from pipekern.runtime.links import all_links, links, prefix
 from pipekern.runtime.options import Options
 from pipekern.runtime.profile import LayerCosts
+from pipekern.stage.division import Division
+from pipekern.stage.unit import Unit
 from pipekern.transport.agree import disagreements
 from pipekern.transport.open import open_transport
 from pipekern.transport.world import World, join, same_host
@@ -52,10 +55,14 @@ def _assemble(options: Options, world: World | None) -> Assembly:
         free_others(blueprint, owned(blueprint, here))
     if any(devices[schedule.stage_rank[stage]].type == "cpu" for stage in here):
         keep_freed_memory()
+    if options.tensor_parallel is not None:
+        options = replace(options, fuse_loss=False)
     if options.fuse_loss is None:  # on a CPU it saves memory and costs time
         options = replace(options, fuse_loss=devices[schedule.stage_rank[-1]].type == "cuda")
     loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
-    stages = build_stages(blueprint, here, devices, options, place.dp)
+    units = build_units(blueprint, here, devices)
+    division = None if world is None else _division(options, world, grid, blueprint, units)
+    stages = build_stages(blueprint, units, devices, options, place.dp)
     codecs = link_codecs(options, blueprint, [range(schedule.ranks)] if world is None else grid.homes, devices, world)
     every = links(blueprint, codecs) if world is None else all_links(blueprint, codecs, grid)
     opened = open_transport(options.transport, every, devices, world)
@@ -64,9 +71,11 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     receivers = {name.removeprefix(start): end for name, end in opened.receivers.items()}
     if replicas is not None:
         replicas.watch(opened.transport.check)
+    if division is not None:
+        division.parts.watch(opened.transport.check)
     return Assembly(
         blueprint, rank, stages, options.loss_fn, loss_path, codecs, opened.transport, senders, receivers,
-        place, grid.sizes, replicas, options.zero if replicas is not None else 0,
+        place, grid.sizes, replicas, options.zero if replicas is not None else 0, division,
     )  # fmt: skip
 
 
@@ -98,8 +107,31 @@ def _replicas(options: Options, world: World, grid: Grid) -> Replicas | None:
     if grid.sizes.dp == 1:
         return None
     device = _devices(options.devices, world.size, launched=True)[world.rank]
-    group = groups(grid, world.rank, device, "dp")
+    group = groups(grid, world.rank, device, "dp", options.timeout)
     return Replicas(group, grid.place(world.rank).dp, grid.sizes.dp, world.control.check)
+
+
+def _division(
+    options: Options, world: World, grid: Grid, blueprint: Blueprint, units: Mapping[int, list[Unit]]
+) -> Division | None:
+    """The units of this process divided among the parts of its stages, None where there is one. Collective."""
+    if grid.sizes.tp == 1:
+        return None
+    device = _devices(options.devices, world.size, launched=True)[world.rank]
+    group = groups(grid, world.rank, device, "tp", options.timeout)
+    assert group is not None
+    parts = Parts(group, device, grid.place(world.rank).tp, grid.sizes.tp, world.control.check)
+    own = [unit for built in units.values() for unit in built]
+    division = Division(own, blueprint.styles, parts, device, blueprint.modules())
+    layouts = world.gather(division.layouts())
+    for tie in blueprint.ties:
+        found = {name: str(row[name]) for row in layouts for name in tie.names.values() if name in row}
+        if len(set(found.values())) > 1:
+            raise ConfigError(
+                f"tensor_parallel: {' and '.join(found)} are one weight, which the plan divides in several ways "
+                f"({', '.join(found.values())}); divide an embedding by rows and a head by columns, or neither"
+            )
+    return division
 
 
 def _bucket(world: World, replicas: Replicas | None, device: torch.device) -> int:
@@ -130,7 +162,7 @@ def _agreed(
     bucket = _bucket(world, replicas, devices[world.rank])
 
     def drawn() -> tuple[Blueprint, dict[str, Any]]:
-        blueprint = draw(options, _size(options.ranks, grid), grid.sizes.dp, bucket, together=False)
+        blueprint = draw(options, _size(options.ranks, grid), grid.sizes, bucket, together=False)
         return blueprint, blueprint.row() | {
             "seed": options.seed,
             "fuse_loss": options.fuse_loss,

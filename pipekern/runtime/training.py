@@ -28,7 +28,8 @@ class Training:
     def step(self, batch: Batch, run: Callable[[Executor, Batch], None]) -> tuple[Tensor, str]:
         """The mean loss, whose gradients are added to ``.grad``, and what is not finite, in words."""
         parts, store = self._parts, self._parts.store
-        whole = self._loss_is_pair is not False or self.guard.drops or store is not None
+        apart = store is not None or parts.division is not None
+        whole = self._loss_is_pair is not False or self.guard.drops or apart
         if store is not None:
             store.part()
         deltas = Deltas({id(p): p for p in parts.parameters.values()}.values() if whole else parts.ties.parameters)
@@ -40,6 +41,8 @@ class Training:
         assert verdict.loss is not None
         if store is not None:
             store.finish()
+        if parts.division is not None:
+            parts.division.finish(parts.parameters)
         parts.ties.reduce(batch.tag)
         deltas.divide(parts.loss.scale * (1.0 if verdict.divisor is None else verdict.divisor))
         parts.refuse_held()

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from pipekern.errors import ConfigError
+from pipekern.parallel.tensor import whole
 from pipekern.runtime import microbatch
 from pipekern.runtime.loss import Loss
 from pipekern.runtime.pipeline import Pipeline
@@ -55,21 +57,22 @@ def verify(pipe: Pipeline, x: Any, y: Any) -> Verification:
 
     Every rank gives the whole batch and gets the same answer. The rank of the last stage holds the whole model
     meanwhile. Gradients, buffers, random state and the step count are left as they were. Under ``precision`` the
-    unsplit model computes in it, too. Raises ``ConfigError`` where a mesh has several replicas or tensor-parallel
-    parts.
+    unsplit model computes in it, too. Raises ``ConfigError`` where a mesh has several replicas. Random numbers are
+    those of the unsplit model only where no tensor-parallel part draws its own.
     """
     star = pipe._parts.star
-    if star.pipelines > 1:
+    if pipe._parts.sizes.dp > 1:
         raise ConfigError(
-            f"verify of a mesh of {star.pipelines} pipelines: it compares one pipeline with one model; verify the "
-            "model without dp and tp"
+            f"verify of a mesh of {pipe._parts.sizes.dp} replicas: it compares one pipeline with one model; verify the "
+            "model without dp"
         )
     state = _merged(star.gather(dict(pipe.state_dict())))
     step = pipe._step
     try:
         with pipe._parts.undisturbed():
             loss = pipe.train_step(x, y)
-            grads = _merged(star.gather({name: p.grad for name, p in pipe.named_parameters()}))
+            grads = {n: None if p.grad is None else whole(p.grad) for n, p in pipe.named_parameters()}
+            grads = _merged(star.gather(grads))
     finally:
         pipe._step = step
     if star.alone or star.rank == star.root:
@@ -113,11 +116,13 @@ def _unsplit(pipe: Pipeline, state: dict[str, Any]) -> nn.Module:
         model: nn.Module = Skip(*(unit.built().train for unit in units))
     else:
         model = copy.deepcopy(blueprint.root)
+        if pipe._parts.division is not None:
+            pipe._parts.division.leave(model)
         real: dict[nn.Parameter, nn.Parameter] = {}
         for module in model.modules():
             for name, p in module._parameters.items():
-                if p is not None and p.is_meta:
-                    empty = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+                if p is not None and (p.is_meta or isinstance(p, DTensor)):
+                    empty = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device), p.requires_grad)
                     module._parameters[name] = real.setdefault(p, empty)
     model.to(device).load_state_dict(state)
     model.zero_grad()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipekern.errors import ConfigError
+from pipekern.parallel.tensor import local
 from pipekern.stage.chain import Forward, chains
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.head import Head
@@ -236,9 +237,9 @@ def _own_gradients(fresh: Sequence[nn.Parameter], used: Sequence[torch.Tensor | 
         grad = parameter.grad
         if grad is None or grad.layout != torch.strided:
             continue
-        if grad.untyped_storage().data_ptr() in memory:
+        if local(grad).untyped_storage().data_ptr() in memory:
             grad = parameter.grad = grad.clone()
-        memory.add(grad.untyped_storage().data_ptr())
+        memory.add(local(grad).untyped_storage().data_ptr())
     return [p for p in fresh if p.grad is None]
 
 
