@@ -58,10 +58,10 @@ def contenders(library: str) -> dict[Contender, Start]:
 
 def held(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
     """The memory of ``parameters``, of those of ``optimizer``, and of what it keeps."""
-    own: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-    every: list[Tensor] = [*parameters, *own]
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    every: list[Tensor] = [*parameters, *own, *optimizer.state]
     return {
         "parameters": [p.detach() for p in every],
         "gradients": [p.grad for p in every if p.grad is not None],
-        "moments": [value for p in own for value in optimizer.state[p].values() if isinstance(value, Tensor)],
+        "moments": [value for row in optimizer.state.values() for value in row.values() if isinstance(value, Tensor)],
     }

@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from benchmarks.pipelines.case import Case, gpt
 from benchmarks.zero.contender import Contender, Running, Start, contenders
 from benchmarks.zero.ours import Ours
 from benchmarks.zero.watch import Watch, distinct_bytes
-from pipekern.plan.memory import ParameterBytes, RankMemory, rank_memory
+from pipekern.plan.cost import Layer
+from pipekern.plan.memory import rank_memory
 
 REPLICAS, MICROBATCHES, STEPS = 2, 4, 4
 TOLERANCES = {None: 1e-5, "bf16": 1e-2}  # of the loss in the last step, by precision
@@ -79,15 +81,14 @@ def measure(contender: Contender, start: Start, wanted: float) -> list[Row]:
     stage, replica = divmod(dist.get_rank(), contender.mesh[1])
     row: Row = {**contender._asdict(), "mesh": "×".join(map(str, contender.mesh)), "stage": stage}
     with Watch() as watch:
-        try:
-            running = start(own_case(replica), contender)
-        except NotImplementedError as refusal:
-            return [{**row, "refused": str(refusal)}]
+        running = start(own_case(replica), contender)
         row["start_peak"] = watch.peak
-        for _ in range(STEPS):
-            watch.start()
-            loss = running.step()
-            gc.collect()
+        for _ in range(STEPS - 1):
+            running.step()
+        gc.collect()
+        watch.start()
+        loss = running.step()
+        gc.collect()
         resting = watch.alive()
     row |= {f"sent_{kind}": watch.sent[kind] for kind in ("reduce", "gather", "broadcast")}
     row |= {"collectives": watch.collectives, "peak": watch.peak, "resting": resting, **kinds(running, resting)}
@@ -117,7 +118,11 @@ def planned(running: Ours, contender: Contender, row: Row) -> Row:
     if (own := running.last_sent) != {kind: row[f"sent_{kind}"] for kind in own}:
         raise AssertionError(f"{contender} counts {own} bytes, and sent {row}")
     each = pk.plan.MIXED if contender.precision else pk.plan.FLOAT32
-    resting, peak = (_planned(running, contender, each.over(REPLICAS, contender.zero, r)) for r in (True, False))
+    program, stages = running.pipe._parts.blueprint.train, layers(contender)
+    resting, peak = (
+        rank_memory(program, stages, each.over(REPLICAS, contender.zero, between))[row["stage"]]
+        for between in (True, False)
+    )
     rest = resting.weights + resting.gradients + resting.optimizer
     most = peak.total - peak.slots  # which are not torch's memory
     return {
@@ -128,18 +133,15 @@ def planned(running: Ours, contender: Contender, row: Row) -> Row:
     }
 
 
-def _planned(running: Ours, contender: Contender, each: ParameterBytes) -> RankMemory:
+def layers(contender: Contender) -> list[list[Layer]]:
+    """The planner's layers of each pipeline stage: parameters, and activations of a micro-batch as measured."""
     case, pp = whole_case(), contender.mesh[0]
     model = case.model(pp)
     counts = [sum(p.numel() for p in unit.parameters()) for unit in model]
     model.to(torch.bfloat16 if contender.precision else torch.float32)
     kept = [row[0] for row in pk.profile(model, case.x[:1], repeats=1).kept]
-    layers = [pk.plan.Layer("", 1, 1, 1, n, held) for n, held in zip(counts, kept, strict=True)]
-    split = case.split(pp)
-    starts = [sum(split[:stage]) for stage in range(pp)]
-    stages = [layers[start : start + count] for start, count in zip(starts, split, strict=True)]
-    program = running.pipe._parts.blueprint.train
-    return rank_memory(program, stages, each)[dist.get_rank() // contender.mesh[1]]
+    every = iter([Layer("", 1, 1, 1, n, held) for n, held in zip(counts, kept, strict=True)])
+    return [list(islice(every, count)) for count in case.split(pp)]
 
 
 if __name__ == "__main__":

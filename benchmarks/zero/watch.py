@@ -77,7 +77,7 @@ class Watch(TorchDispatchMode):
         """Bytes that something still holds."""
         total = 0
         for key, held in list(self._seen.items()):
-            storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(held.cdata)
+            storage: Any = torch.UntypedStorage._new_with_weak_ptr(held.cdata)
             if storage is None:
                 del self._seen[key]
             else:

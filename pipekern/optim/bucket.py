@@ -65,7 +65,10 @@ class Bucket:
         self.count = -(-self._places[-1] // unit) * unit
         self._own = slice(self.count // parts * index, self.count // parts * (index + 1))
         self._apart = low is not None or zero == 3  # masters have a memory of their own
-        self.values, self.masters = self._laid_out(dtype)
+        self.values = torch.zeros(self.count, dtype=dtype, device=first.device)
+        self.masters = self.values[self._own]
+        if self._apart:
+            self.masters = torch.zeros_like(self.masters, dtype=torch.promote_types(first.dtype, torch.float32))
         self._gradients: Tensor | None = None
         self._reduced: Tensor | None = None
         self._pending: Pending | None = None
@@ -74,24 +77,23 @@ class Bucket:
         self._gradient_of: dict[str, Tensor | None] = {}  # of the pieces, by name
         self._views_of_gradients: list[Tensor] = []
         self._fresh: list[int] = []  # versions of the pieces that the values were made of
-        for parameter, view in zip(self.parameters, self._views(self.values), strict=True):
-            lay_into(parameter, view)
-            if low is not None:
-                parameter.grad_dtype = torch.float32
         self.pieces = self._cut()
+        self._take_over()
+        for parameter in self.parameters if low is not None else ():
+            parameter.grad_dtype = torch.float32
         if zero == 3:
             self.release()
 
-    def _laid_out(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        first = self.parameters[0]
-        flat = torch.zeros(self.count, dtype=first.dtype, device=first.device)
-        for parameter, view in zip(self.parameters, self._views(flat), strict=True):
-            view.copy_(local(parameter.detach()))
-        values = flat.to(dtype)
-        if not self._apart:
-            return values, values[self._own]
-        wide = torch.promote_types(first.dtype, torch.float32)
-        return values, flat[self._own].to(wide, copy=True)
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        """Copy the parameters here, one after the other, so that the memory of each is free before the next."""
+        if self._apart:
+            for piece in self.pieces:
+                own = local(piece.of).reshape(-1)[piece.start : piece.start + piece.parameter.numel()]
+                piece.parameter.copy_(own.view(piece.parameter.shape))
+        for parameter, view in zip(self.parameters, self._views(self.values), strict=True):
+            view.copy_(local(parameter))
+            lay_into(parameter, view)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         starts = zip(self._places, self._shapes, strict=False)

@@ -56,6 +56,8 @@ class Pending:
         if self._then is not None:
             self._then()
             self._then = None
+        if self.ended:
+            self._work = None  # it holds the memory of what was sent and of what came
 
     def _blame(self) -> None:
         """Raise what has happened to the job: a broken connection is seen before it is known whose end it was."""

@@ -29,7 +29,8 @@ class ParameterBytes:
 
         From ``zero`` 1 on the optimizer's part is shared out, and a sum over replicas has memory of its own beside the
         gradients, of one share; from 2 on gradients are whole only within a step. At 3 weights are, too: then what an
-        optimizer changes is apart from them.
+        optimizer changes is apart from them. On a CPU the parts of a sum arrive in memory of their own
+        besides, which at a peak is as much as the gradients.
         """
         if not (replicas >= 1 and 0 <= zero <= 3):
             raise ConfigError(f"replicas={replicas}, zero={zero}: give at least 1 replica, and zero from 0 to 3")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import pipekern as pk
 from pipekern.parallel.replicas import Replicas, speed
@@ -57,6 +58,26 @@ def test_golden(size: int) -> None:
         assert torch.equal(found["first"], torch.arange(1.0, 7.0))
         assert found["after sums"] == {"reduce": 3 * share, "gather": 0}
         assert found["sent"] == {"reduce": 3 * share, "gather": share}
+
+
+def _held() -> list[bool]:
+    """Whether a pending that was waited for still holds what was given."""
+    replicas, world = _replicas()
+    values = [torch.ones(1024) for _ in range(3)]
+    held = [StorageWeakRef(value.untyped_storage()) for value in values]
+    begun = [replicas.sum(values[0]), replicas.scatter(values[1], torch.empty(512)), replicas.gather(values[2])]
+    for pending in begun:
+        pending.wait()
+    del values
+    found = [not storage.expired() for storage in held]
+    assert all(pending.done() for pending in begun)
+    world.close()
+    return found
+
+
+def test_what_has_ended_holds_no_memory() -> None:
+    """A span of the timeline outlives the step."""
+    assert values(launch(_held, 2)) == [[False] * 3] * 2
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
