@@ -87,9 +87,10 @@ def _chosen(
     ]
     chosen = {}
     for name, (a, b) in edges.items():
-        time, measured = max(times[a], times[b]), _width(blueprint, min(a, b))
-        width = measured if blueprint.precision is None else blueprint.precision.itemsize
-        size = sizes[min(a, b), max(a, b)] * width / measured
+        size, width, time = sizes[min(a, b), max(a, b)], _width(blueprint, min(a, b)), max(times[a], times[b])
+        if blueprint.precision is not None:  # costs are those of the module before its weights are cast, in float32
+            width = blueprint.precision.itemsize
+            size *= width / 4
         chosen[name] = choose_codec(links[name], size, width, time) if width in (2, 4) else "none"
         text = f"{name} {chosen[name]}: {message_bytes(chosen[name], size, width):.0f} of {size:.0f} bytes"
         logging.getLogger("pipekern").info(

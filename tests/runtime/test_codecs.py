@@ -63,7 +63,7 @@ def test_the_slowest_of_several_pipelines_counts(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(probe, "between", lambda pairs, *_: rows)
     for precision, slow in (None, "bf16"), ("bf16", "none"):
         with _pipeline(ranks=2, precision=precision) as pipe:
-            options: Any = SimpleNamespace(codec="auto", split=_costs(125.0), transport="auto")
+            options: Any = SimpleNamespace(codec="auto", split=_costs(126.0), transport="auto")
             found = codecs.link_codecs(options, pipe._parts.blueprint, [[0, 2], [1, 3]], [], None)
         assert found == {"0>1": "none", "1>0": slow}
 
