@@ -51,23 +51,25 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     options, blueprint, devices = _agreed(options, world, grid, replicas)
     schedule, rank = blueprint.schedule, None if world is None else place.pp
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
+    number = place.dp * grid.sizes.tp + place.tp
+    homes = [range(schedule.ranks)] if world is None else grid.homes
+    own = [devices[home] for home in homes[number]]  # by rank of this pipeline
     if rank is not None:
         free_others(blueprint, owned(blueprint, here))
-    if any(devices[schedule.stage_rank[stage]].type == "cpu" for stage in here):
+    if any(own[schedule.stage_rank[stage]].type == "cpu" for stage in here):
         keep_freed_memory()
     if options.tensor_parallel is not None:
         options = replace(options, fuse_loss=False)
     if options.fuse_loss is None:  # on a CPU it saves memory and costs time
-        options = replace(options, fuse_loss=devices[schedule.stage_rank[-1]].type == "cuda")
+        options = replace(options, fuse_loss=own[schedule.stage_rank[-1]].type == "cuda")
     loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
-    units = build_units(blueprint, here, devices)
+    units = build_units(blueprint, here, own)
     division = None if world is None else _division(options, world, grid, blueprint, units)
-    stages = build_stages(blueprint, units, devices, options, place.dp)
-    homes = [range(schedule.ranks)] if world is None else grid.homes
+    stages = build_stages(blueprint, units, own, options, place.dp)
     codecs = link_codecs(options, blueprint, homes, devices, world)
     every = links(blueprint, codecs) if world is None else all_links(blueprint, codecs, grid)
     opened = open_transport(options.transport, every, devices, world)
-    start = prefix(place.dp * grid.sizes.tp + place.tp, grid)
+    start = prefix(number, grid)
     senders = {name.removeprefix(start): end for name, end in opened.senders.items()}
     receivers = {name.removeprefix(start): end for name, end in opened.receivers.items()}
     if replicas is not None:
