@@ -216,6 +216,10 @@ class Assembly:
         """The modules of this process's stages, and the root."""
         return [self.blueprint.root, *(module for unit in self.units() for module in unit.train.modules())]
 
+    def buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """The buffers of :meth:`modules`, each with a copy of what it is now."""
+        return [(b, b.clone()) for module in self.modules() for b in module.buffers(recurse=False)]
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """This process's modules in evaluation mode, then back as they were."""
@@ -232,7 +236,7 @@ class Assembly:
     def undisturbed(self) -> Iterator[None]:
         """Steps in here start without gradients; then gradients and buffers are as they were."""
         gradients = Deltas(self.parameters.values())
-        buffers = [(b, b.clone()) for module in self.modules() for b in module.buffers(recurse=False)]
+        buffers = self.buffers()
         try:
             yield
         finally:

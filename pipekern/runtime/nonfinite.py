@@ -53,6 +53,11 @@ class Guard:
         self._parts, self._watch, self._policy, self._scale = parts, watch, policy, scale
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether a step may be left out, for a policy or an overflow."""
+        return self.drops or self._scale is not None
+
+    @property
     def drops(self) -> bool:
         """Whether such a step's gradients are dropped."""
         return self._policy == "skip"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from pipekern.optim.scale import LossScale
@@ -11,9 +12,17 @@ from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor
-from pipekern.runtime.nonfinite import Guard
+from pipekern.runtime.nonfinite import Guard, finite
 from pipekern.runtime.watch import Watch
 from pipekern.stage.random import preserved
+
+
+def _mend(buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Give those that a step has left not finite (running statistics, for ever) back what they were before."""
+    with torch.no_grad():
+        for buffer, before in buffers:
+            if buffer.is_floating_point() and not finite([buffer]) and finite([before]):
+                buffer.copy_(before)
 
 
 class Training:
@@ -35,6 +44,7 @@ class Training:
         deltas = Deltas({id(p): p for p in parts.parameters.values()}.values() if whole else parts.ties.parameters)
         if store is not None:
             store.begin()
+        buffers = parts.buffers() if self.guard.leaves_out else []
         with preserved(parts.devices):
             run(parts.train, batch)
         verdict = parts.verdict(batch)
@@ -47,6 +57,8 @@ class Training:
         deltas.divide(parts.loss.scale * (1.0 if verdict.divisor is None else verdict.divisor))
         parts.refuse_held()
         overflow, trouble = self.guard.judge(batch, verdict.loss)
+        if overflow or (trouble and self.guard.drops):
+            _mend(buffers)
         if overflow:
             deltas.clear()
         elif trouble and self.guard.drops:

@@ -284,3 +284,19 @@ def test_one_entry_is_enough(bad: float, dtype: torch.dtype, seed: int) -> None:
 
 def test_finite_numbers_whose_sum_overflows() -> None:
     assert finite([torch.full((100,), 3e38), torch.full((100,), 1e308, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize(("policy", "precision"), [("skip", None), ("raise", "fp16")])
+def test_running_statistics_outlive_a_step_that_is_left_out(policy: str, precision: str | None, seed: int) -> None:
+    """A step whose forward is not finite would leave them so for ever."""
+    torch.manual_seed(seed)
+    norm: Any = nn.BatchNorm1d(WIDTH)
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), norm, nn.Linear(WIDTH, WIDTH))
+    x, y = torch.randn(8, WIDTH), torch.randn(8, WIDTH)
+    options: dict[str, Any] = {"on_nonfinite": policy, "precision": precision}
+    with pk.Pipeline(net, loss_fn=F.mse_loss, microbatches=2, ranks=2, **options) as pipe:
+        pipe.train_step(x, y)
+        before = norm.running_mean.clone(), norm.running_var.clone()
+        pipe.train_step(torch.full_like(x, math.inf), y)
+        assert torch.equal(norm.running_mean, before[0]) and torch.equal(norm.running_var, before[1])
+        assert pipe.train_step(x, y).isfinite()
