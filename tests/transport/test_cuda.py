@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import secrets
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from pipekern.transport.open import choose, open_transport
 from tests.launch import launch, values
 from tests.transport import fake_cuda
 from tests.transport.programs import CPUS, Ends, receive, run, send
+from tests.transport.shm_job import failure_of
 
 pytest.importorskip("pipekern._C")
 from pipekern.transport.cuda import CudaReceiver, CudaSender, CudaTransport
@@ -185,6 +187,27 @@ def test_a_received_tensor_outlives_the_transport() -> None:
     alone("outlives")
 
 
+def forks(_: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> None:
+    sender, receiver = senders["none 0>1"], receivers["none 0>1"]
+    assert sender.send(0, torch.arange(3.0))
+    kept = value_of(receiver, 0)
+    child = os.fork()
+    if child == 0:
+        # No assertion may leave this process: the test would go on in it.
+        del kept
+        texts = [failure_of(call)[2] for call in (lambda: sender.send(1, torch.ones(1)), lambda: receiver.recv(1))]
+        os._exit(0 if all("forked" in text for text in texts) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert kept.tolist() == [0.0, 1.0, 2.0]
+    del kept
+    assert sender.send(1, torch.ones(1)) and value_of(receiver, 1).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("name", sorted(fake_cuda.KNOBS))
+def test_a_forked_child_is_refused_and_frees_nothing(name: str) -> None:
+    alone("forks", name)
+
+
 def relays(transport: CudaTransport, senders: dict[str, CudaSender], receivers: dict[str, CudaReceiver]) -> None:
     """Every slot's message goes on out of its slot, alone and in a bundle; nobody looks whether that was read."""
     for given in (False, True):
@@ -207,7 +230,7 @@ def test_what_is_sent_on_out_of_its_slot_does_not_keep_it(name: str) -> None:
     alone("relays", name)
 
 
-BODIES = {body.__name__: body for body in (again, relays, cast, add, gift, nobody, lets_go, outlives)}
+BODIES = {body.__name__: body for body in (again, relays, cast, add, forks, gift, nobody, lets_go, outlives)}
 
 
 def ways(ends: Ends) -> Steps:

@@ -257,6 +257,7 @@ def test_a_forked_child_is_no_rank() -> None:
         # No assertion may leave this process: pytest would go on in it.
         del view
         texts = [failure_of(call)[2] for call in (transport.check, receiver.ready, lambda: sender.send(1, 1))]
+        transport.abort(ValueError("not a rank's to say"), "a child")
         transport.close()
         os._exit(0 if all("forked from rank 0" in text for text in texts) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,7 +1,4 @@
-// What ends a link between devices: failing calls of the driver, parked streams of a failed job, forks.
-#include <sys/wait.h>
-#include <unistd.h>
-
+// What ends a link between devices: failing calls of the driver, parked streams of a failed job.
 #include "device_link.h"
 
 using namespace device_link;
@@ -90,30 +87,6 @@ void a_parked_send_is_released() {
     gate.open = true;
 }
 
-// A forked child is told that it cannot use CUDA, and its views of messages touch nothing.
-void a_forked_child_is_refused() {
-    Link link(2);
-    CHECK(link.send(1, {1}));
-    auto delivery = link.receiver->take(1, link.target.handle());
-    const pid_t child = fork();
-    if (child == 0) {
-        delivery = {};
-        CHECK(Driver::obstacle().find("forked") != std::string::npos);
-        CHECK_RAISES(Fault::kTransport, -1, "forked", Context(0));
-        CHECK_RAISES(Fault::kTransport, -1, "forked", link.receiver->take(2, nullptr));
-        link.sender.close();
-        link.receiver->close();
-        _exit(0);
-    }
-    int status = -1;
-    waitpid(child, &status, 0);
-    CHECK_EQUAL(status, 0);
-    CHECK_EQUAL(link.read(delivery)[0], 1u);
-    delivery = {};
-    CHECK(link.send(2, {2}));
-    CHECK_EQUAL(link.read(link.receiver->take(2, link.target.handle()))[0], 2u);
-}
-
 }  // namespace
 
 int main() {
@@ -123,6 +96,5 @@ int main() {
     a_parked_receive_is_released(false);
     a_parked_receive_is_released(true);
     a_parked_send_is_released();
-    a_forked_child_is_refused();
     CHECK_EQUAL(fake::leaks(), std::string());
 }
