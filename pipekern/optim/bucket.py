@@ -76,7 +76,7 @@ class Bucket:
         self._zeros: dict[Tensor, int] = {}  # gradients that an optimizer has zeroed, and their versions then
         self._gradient_of: dict[str, Tensor | None] = {}  # of the pieces, by name
         self._views_of_gradients: list[Tensor] = []
-        self._fresh: list[int] = []  # versions of the pieces that the values were made of
+        self._fresh: dict[str, int] = {}  # versions of the pieces that an optimizer made the values of, by name
         self.pieces = self._cut()
         self._take_over()
         for parameter in self.parameters if low is not None else ():
@@ -123,17 +123,21 @@ class Bucket:
         """Before a step: gradients that an optimizer has zeroed are none, and others get a memory of their own."""
         for piece in self.pieces:
             grad = piece.parameter.grad
-            if grad is not None and self._zeros.get(grad) == grad._version:
+            if self._zeroed(grad):
                 piece.parameter.grad = None
             elif grad is not None and self._replicas is not None:
                 piece.parameter.grad = grad.clone()
+
+    def _zeroed(self, grad: Tensor | None) -> bool:
+        """Whether an optimizer has zeroed it, and nobody has written it since."""
+        return grad is not None and self._zeros.get(grad) == grad._version
 
     def begin(self) -> None:
         """Let every gradient be zero, and among replicas a view of their common memory."""
         if self._replicas is None:
             for piece in self.pieces:
-                zeros = [grad for grad in (self._gradient_of.get(piece.name),) if grad is not None]
-                piece.of.grad = next((grad for grad in zeros if self._zeros.get(grad) == grad._version), None)
+                grad = self._gradient_of.get(piece.name)
+                piece.of.grad = grad if self._zeroed(grad) else None
             return
         if self._gradients is None:
             self._gradients = torch.zeros(self.count, dtype=self._gradient_dtype, device=self.values.device)
@@ -207,13 +211,15 @@ class Bucket:
     @property
     def made(self) -> bool:
         """Whether the values are those of the masters, as far as versions of tensors tell."""
-        return self._fresh == [piece.parameter._version for piece in self.pieces]
+        return self._fresh == {piece.name: piece.parameter._version for piece in self.pieces}
 
     def mark(self) -> None:
-        """Say that an optimizer has written the values of its own part as well as the masters, and zeroed gradients."""
-        self._fresh = [piece.parameter._version for piece in self.pieces]
-        grads = [piece.parameter.grad for piece in self.pieces]
-        self._zeros = {grad: grad._version for grad in grads if grad is not None}
+        """Say that an optimizer has written the values of its own part as well as the masters, where there was a
+        gradient, and zeroed gradients.
+        """
+        stepped = [(piece, piece.parameter.grad) for piece in self.pieces]
+        self._fresh |= {piece.name: piece.parameter._version for piece, grad in stepped if grad is not None}
+        self._zeros = {grad: grad._version for _, grad in stepped if grad is not None}
 
     def copies(self) -> dict[nn.Parameter, Tensor]:
         """By piece that is apart: the part of the values that is rounded from it."""

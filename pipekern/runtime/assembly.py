@@ -31,7 +31,7 @@ from pipekern.runtime.runner import Held, Runner
 from pipekern.stage.division import Division
 from pipekern.stage.host import Host
 from pipekern.stage.offload import Offload
-from pipekern.stage.random import unit_keys
+from pipekern.stage.random import preserved, unit_keys
 from pipekern.stage.stage import Stage
 from pipekern.stage.unit import Unit
 from pipekern.transport.base import Receiver, Sender, Transport
@@ -200,6 +200,10 @@ class Assembly:
             if name.startswith(unit.prefix) and (own := unit.state().get(name)) is not None:
                 local(own).copy_(part_of(own, value))
 
+    def distinct(self) -> list[nn.Parameter]:
+        """The parameters, each once."""
+        return list({id(p): p for p in self.parameters.values()}.values())
+
     def counted(self) -> dict[str, nn.Parameter]:
         """The parameters that this process answers for in a sum over the model: a tied one on its owner, under its
         first name.
@@ -222,12 +226,15 @@ class Assembly:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """This process's modules in evaluation mode, then back as they were."""
+        """Without gradients, this process's modules in evaluation mode and with what the optimizer's parameters are;
+        then modes and random numbers are as they were. Collective over replicas.
+        """
         modes = [(module, module.training) for module in self.modules()]
         for module, _ in modes:
             module.training = False
         try:
-            yield
+            with torch.no_grad(), preserved(self.devices), self.ready():
+                yield
         finally:
             for module, mode in modes:
                 module.training = mode

@@ -122,19 +122,18 @@ def draw(options: Options, ranks: int, sizes: Place = ALONE, bucket: int = 1 << 
     skips = hops(stages, order, options.split if isinstance(options.split, LayerCosts) else None)
     direct = sent_directly(skips)
     place: dict[int, int] = {}
-    parameters = {name: place.setdefault(id(p), len(place)) for unit in units for name, p in unit.named_parameters()}
-    dtypes: dict[str, torch.dtype] = {}
+    named = [pair for unit in units for pair in unit.named_parameters()]
+    parameters = {name: place.setdefault(id(p), len(place)) for name, p in named}
+    precision = None if options.precision is None else PRECISIONS[options.precision]
+    modules = (module for unit in units for module in unit.train.modules())
+    dtypes = {} if precision is None else low_precision(named, modules, precision)
     layouts: dict[int, Layout] = {}
-    if options.precision is not None:
-        modules = [module for unit in units for module in unit.train.modules()]
-        named = [pair for unit in units for pair in unit.named_parameters()]
-        dtypes = low_precision(named, modules, PRECISIONS[options.precision])
     if dtypes or replicas > 1:
         layouts = layouts_of(order, stages, dtypes, bucket, together)
     if options.zero == 3 and options.memory is not None:
         refuse_unheld(options, order, stages, dtypes, replicas)
-    counts_of = {stage: len(layout) for stage, layout in layouts.items()} if replicas > 1 else {}
-    program = order.program(direct, Collectives(counts_of if options.zero else {}, counts_of))
+    buckets = {stage: len(layout) for stage, layout in layouts.items()} if replicas > 1 else {}
+    program = order.program(direct, Collectives(buckets if options.zero else {}, buckets))
     recompute = recomputation(options, stages, skips, program)
     offload = offloading(options, stages, skips, program, recompute)
     state = list(root.state_dict()) or [unit.prefix + n for unit in units for n in unit.train.state_dict()]
@@ -152,7 +151,7 @@ def draw(options: Options, ranks: int, sizes: Place = ALONE, bucket: int = 1 << 
         skips,
         layouts,
         dtypes,
-        None if options.precision is None else PRECISIONS[options.precision],
+        precision,
         offload,
         _styles(options, units, sizes),
     )

@@ -45,8 +45,8 @@ class Ties:
 
     def hold(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take ``parameters`` by name; one that is not there has no part here, nor on the other ranks of this place."""
-        own = [(i, tie) for i, tie in enumerate(self._ties) if self._rank in tie.names]
-        named = [(i, tie, tie.names[self._rank]) for i, tie in own]  # type: ignore[index]  # it is not None there
+        rank = -1 if self._rank is None else self._rank
+        named = [(i, tie, tie.names.get(rank, "")) for i, tie in enumerate(self._ties)]
         self._held = [(i, tie, parameters[name]) for i, tie, name in named if name in parameters]
         self.parameters = [parameter for _, _, parameter in self._held]
 

@@ -1,4 +1,4 @@
-"""A user's optimizer over what a process has of the parameters."""
+"""A user's optimizer over what a process has of the parameters, and the norm of all ranks' gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipekern.errors import ConfigError
-from pipekern.optim import AdamW
+from pipekern.optim import AdamW, clip
 from pipekern.runtime.assembly import Assembly
 
 WHOLE = (torch.optim.Adafactor, torch.optim.LBFGS, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
@@ -28,8 +28,7 @@ def bound(
             f"zero={parts.zero} with {cls.__name__}, which looks at whole matrices, and here has shards of them; use "
             "zero=0, or an optimizer that treats every number alone"
         )
-    own = list({id(p): p for p in parts.parameters.values()}.values())
-    optimizer = cls([{"params": own}], **options)
+    optimizer = cls([{"params": parts.distinct()}], **options)
     if isinstance(optimizer, AdamW):
         store = parts.store
 
@@ -41,6 +40,14 @@ def bound(
         if store is not None:
             optimizer.register_step_post_hook(lambda *_: store.mark())
     return optimizer
+
+
+def gradient_norm(parts: Assembly, norm_type: float) -> tuple[Tensor, str]:
+    """One norm over all ranks, and the name of the first parameter whose own is not finite, if any; collective."""
+    place = parts.blueprint.parameters
+    own = {place[name]: p for name, p in parts.counted().items()}
+    total, bad = clip.total_norm(parts.of_parameters(clip.partials(own, norm_type)), norm_type)
+    return total, next((name for name, index in place.items() if index == bad), "")
 
 
 def _rows(parts: Assembly, stats: Tensor, parameters: list[nn.Parameter]) -> Tensor:

@@ -31,7 +31,7 @@ from pipekern.runtime.start import start
 from pipekern.runtime.stats import Stats
 from pipekern.runtime.training import Training
 from pipekern.schedule.ir import Schedule
-from pipekern.stage.random import preserved, step_key
+from pipekern.stage.random import step_key
 from pipekern.stage.spec import LayerSpec
 from pipekern.trace.timeline import Timeline
 
@@ -160,7 +160,7 @@ class Pipeline:
         elsewhere.
         """
         parts = self._parts
-        with self._running(), torch.no_grad(), parts.evaluating(), preserved(parts.devices), parts.ready():
+        with self._running(), parts.evaluating():
             batch = self._batch(x, y, training=False)
             self._run(parts.evaluate, batch)
             loss = parts.verdict(batch).loss
@@ -193,8 +193,7 @@ class Pipeline:
         training owns changes. Raises ``ConfigError``, and ``NumericsError`` for logits that are not finite.
         """
         parts = self._parts
-        modes = parts.evaluating(), preserved(parts.devices), parts.ready()
-        with self._running(parts.generator.where), torch.no_grad(), modes[0], modes[1], modes[2]:
+        with self._running(parts.generator.where), parts.evaluating():
             sampling = Sampling(temperature, top_k, top_p, seed)
             groups = prepare(ids, max_new_tokens, sampling, eos_token_id, parts.blueprint.schedule.ranks)
             parts.generator.run(groups, sampling, self._step)
@@ -241,12 +240,9 @@ class Pipeline:
 
     # -- parameters
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return list({id(p): p for p in self._parts.parameters.values()}.values())
-
     def parameters(self) -> StageParameters:
         """This process's parameters, each once."""
-        return StageParameters(self._parameters(), whole=self._parts.star.alone)
+        return StageParameters(self._parts.distinct(), whole=self._parts.star.alone)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This process's parameters under their names in the original module, a tied one under each name it has
@@ -314,17 +310,13 @@ class Pipeline:
         once. Where it is not finite (a sum of steps that overflows) ``on_nonfinite`` decides; ``"skip"`` then drops all
         of ``.grad``.
         """
-        place = self._parts.blueprint.parameters
         with self._running():
-            own = {place[name]: p for name, p in self._parts.counted().items()}
-            rows = self._parts.of_parameters(clip.partials(own, norm_type))
-            total, bad = clip.total_norm(rows, norm_type)
-        if bad >= 0:
-            name = next(name for name, index in place.items() if index == bad)
-            for parameter in self._parameters() if self._training.guard.drops else ():
+            total, bad = optimizer.gradient_norm(self._parts, norm_type)
+        if bad:
+            for parameter in self.parameters() if self._training.guard.drops else ():
                 parameter.grad = None
-            self._training.guard.report(f"the norm of the gradient of {name} is not finite")
-        clip.scale(self._parameters(), max_norm, total)
+            self._training.guard.report(f"the norm of the gradient of {bad} is not finite")
+        clip.scale(self.parameters(), max_norm, total)
         return total
 
     # -- what happened

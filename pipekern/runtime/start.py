@@ -45,10 +45,13 @@ def start(options: Options) -> Assembly:
 
 
 def _assemble(options: Options, world: World | None) -> Assembly:
-    grid = Grid.of(options.mesh, 1) if world is None else _compared(world, lambda: _grid(options, world.size))
-    place = FIRST if world is None else grid.place(world.rank)
-    replicas = None if world is None else _replicas(options, world, grid)
-    options, blueprint, devices = _agreed(options, world, grid, replicas)
+    if world is None:
+        grid, place, replicas = Grid.of(options.mesh, 1), FIRST, None
+        devices = _devices(options.devices, _size(options.ranks, None), launched=False)
+    else:
+        grid, devices = _compared(world, lambda: _grid(options, world.size))
+        place, replicas = grid.place(world.rank), _replicas(options, world, grid, devices[world.rank])
+    options, blueprint = _agreed(options, world, grid, devices, replicas)
     schedule, rank = blueprint.schedule, None if world is None else place.pp
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
     number = place.dp * grid.sizes.tp + place.tp
@@ -64,7 +67,7 @@ def _assemble(options: Options, world: World | None) -> Assembly:
         options = replace(options, fuse_loss=own[schedule.stage_rank[-1]].type == "cuda")
     loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
     units = build_units(blueprint, here, own)
-    division = None if world is None else _division(options, world, grid, blueprint, units)
+    division = None if world is None else _division(options, world, grid, devices[world.rank], blueprint, units)
     stages = build_stages(blueprint, units, own, options, place.dp)
     codecs = link_codecs(options, blueprint, homes, devices, world)
     every = links(blueprint, codecs) if world is None else all_links(blueprint, codecs, grid)
@@ -98,29 +101,31 @@ def _compared(world: World, make: Callable[[], tuple[_T, dict[str, Any]]]) -> _T
     return made
 
 
-def _grid(options: Options, world_size: int) -> tuple[Grid, dict[str, Any]]:
-    """Where every process stands, and what ranks must agree on before they form groups."""
-    _devices(options.devices, world_size, launched=True)
-    grid = Grid.of(options.mesh, world_size)
-    return grid, {"mesh": {**grid.sizes._asdict(), "ranks": grid.ranks}}
+def _grid(options: Options, world_size: int) -> tuple[tuple[Grid, list[torch.device]], dict[str, Any]]:
+    """Where every process stands, a device a process, and what ranks must agree on before they form groups."""
+    grid, devices = Grid.of(options.mesh, world_size), _devices(options.devices, world_size, launched=True)
+    return (grid, devices), {"mesh": {**grid.sizes._asdict(), "ranks": grid.ranks}}
 
 
-def _replicas(options: Options, world: World, grid: Grid) -> Replicas | None:
+def _replicas(options: Options, world: World, grid: Grid, device: torch.device) -> Replicas | None:
     """This process among the replicas of its stages, None where there are no others. Collective."""
     if grid.sizes.dp == 1:
         return None
-    device = _devices(options.devices, world.size, launched=True)[world.rank]
     group = groups(grid, world.rank, device, "dp", options.timeout)
     return Replicas(group, grid.place(world.rank).dp, grid.sizes.dp, world.control.check)
 
 
 def _division(
-    options: Options, world: World, grid: Grid, blueprint: Blueprint, units: Mapping[int, list[Unit]]
+    options: Options,
+    world: World,
+    grid: Grid,
+    device: torch.device,
+    blueprint: Blueprint,
+    units: Mapping[int, list[Unit]],
 ) -> Division | None:
     """The units of this process divided among the parts of its stages, None where there is one. Collective."""
     if grid.sizes.tp == 1:
         return None
-    device = _devices(options.devices, world.size, launched=True)[world.rank]
     group = groups(grid, world.rank, device, "tp", options.timeout)
     assert group is not None
     parts = Parts(group, device, grid.place(world.rank).tp, grid.sizes.tp, world.control.check)
@@ -147,21 +152,17 @@ def _bucket(world: World, replicas: Replicas | None, device: torch.device) -> in
 
 
 def _agreed(
-    options: Options, world: World | None, grid: Grid, replicas: Replicas | None
-) -> tuple[Options, Blueprint, list[torch.device]]:
-    """The options with what ranks agree on, the blueprint once all have drawn the same, and a device a rank.
-
-    What is wrong on one is raised on all.
+    options: Options, world: World | None, grid: Grid, devices: Sequence[torch.device], replicas: Replicas | None
+) -> tuple[Options, Blueprint]:
+    """The options with what ranks agree on, and the blueprint once all have drawn the same. What is wrong on one is
+    raised on all.
     """
     if world is None:
-        size = _size(options.ranks, None)
-        devices = _devices(options.devices, size, launched=False)
         if _wants_memory(options):
             rows = [memory_of(options.module, device, devices.count(device)) for device in devices]
             options = replace(options, memory=limits(rows, lambda a, b: True))
-        return options, draw(options, size), devices
-    options = _informed(options, world)
-    devices = _devices(options.devices, world.size, launched=True)
+        return options, draw(options, len(devices))
+    options = _informed(options, world, devices[world.rank])
     bucket = _bucket(world, replicas, devices[world.rank])
 
     def drawn() -> tuple[Blueprint, dict[str, Any]]:
@@ -174,21 +175,17 @@ def _agreed(
             "zero": options.zero,
         }
 
-    return options, _compared(world, drawn), devices
+    return options, _compared(world, drawn)
 
 
-def _informed(options: Options, world: World) -> Options:
+def _informed(options: Options, world: World, device: torch.device) -> Options:
     """With what ranks measure for themselves and must agree on: the costs of rank 0, by which all split, and the memory
     that each rank may take.
     """
     split = options.split
     row = {"costs": asdict(split) if isinstance(split, LayerCosts) else None, "memory": {}}
     if _wants_memory(options):
-        try:
-            device = _devices(options.devices, world.size, launched=True)[world.rank]
-            row["memory"] = memory_of(options.module, device)
-        except ConfigError:
-            pass  # raised again where every rank hears of it
+        row["memory"] = memory_of(options.module, device)
     rows = world.gather(row)
     if rows[0]["costs"] is not None and isinstance(split, LayerCosts):
         options = replace(options, split=LayerCosts.read(rows[0]["costs"]))

@@ -41,7 +41,7 @@ class Training:
         whole = self._loss_is_pair is not False or self.guard.drops or apart
         if store is not None:
             store.part()
-        deltas = Deltas({id(p): p for p in parts.parameters.values()}.values() if whole else parts.ties.parameters)
+        deltas = Deltas(parts.distinct() if whole else parts.ties.parameters)
         if store is not None:
             store.begin()
         buffers = parts.buffers() if self.guard.leaves_out else []

@@ -63,7 +63,7 @@ class Program(NamedTuple):
 def program(
     schedule: Schedule,
     skips: Collection[Edge] = (),
-    collectives: Collectives = Collectives(),  # noqa: B008
+    collectives: Collectives | None = None,
 ) -> Program:
     """Check ``schedule`` and insert its sends and receives; raises ``ScheduleError`` that lists every fault.
 
@@ -78,7 +78,9 @@ def program(
                 f"a skip from stage {a} to stage {b} of {schedule.stages}: give a stage, and one at least two after it "
                 "in the same chain; neighbours have their link already"
             )
-    rows = _with_collectives(schedule, _insert(schedule, skips), collectives)
+    rows = _insert(schedule, skips)
+    if collectives is not None:
+        rows = _with_collectives(schedule, rows, collectives)
     spans = simulate(schedule, UNIT).spans
     slots = _slots(schedule, spans, skips)
     return Program(schedule, rows, slots, bounded_order(schedule, rows, slots, spans))
@@ -132,8 +134,6 @@ def _insert(schedule: Schedule, skips: Collection[Edge]) -> tuple[tuple[Instruct
 def _with_collectives(
     schedule: Schedule, rows: tuple[tuple[Instruction, ...], ...], collectives: Collectives
 ) -> tuple[tuple[Instruction, ...], ...]:
-    if not collectives.gathers and not collectives.reduces:
-        return rows
     found = []
     for actions, row in zip(schedule.actions, rows, strict=True):
         first, last = first_forwards(actions), last_weights(actions)

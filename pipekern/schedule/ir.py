@@ -165,7 +165,7 @@ class Schedule:
         """
         from pipekern.schedule.comms import program
 
-        return program(self, skips, *([] if collectives is None else [collectives]))
+        return program(self, skips, collectives)
 
     def simulate(self, costs: Costs) -> Timeline:
         """The exact timeline under ``costs``; raises ``ScheduleError`` where the order deadlocks."""

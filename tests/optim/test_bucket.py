@@ -171,6 +171,8 @@ def test_values_of_an_optimizer_that_writes_them_are_not_made_again(replicas: in
     for bucket in buckets:
         assert not _made(bucket)
         bucket.gather()
+        for piece in bucket.pieces:
+            piece.parameter.grad = torch.zeros_like(piece.parameter)
         bucket.mark()
         assert _made(bucket)
         with torch.no_grad():
@@ -183,6 +185,20 @@ def test_values_of_an_optimizer_that_writes_them_are_not_made_again(replicas: in
         copies = bucket.copies()
         assert all(torch.equal(copies[piece.parameter], piece.parameter.bfloat16()) for piece in bucket.pieces)
         assert all(c.untyped_storage().data_ptr() == bucket.values.data_ptr() for c in copies.values())
+
+
+def test_an_optimizer_writes_no_value_without_a_gradient() -> None:
+    """What changed before its step, and took no part in it, is made anew."""
+    bucket = Bucket(_named(0), torch.bfloat16, None, 0)
+    bucket.gather()
+    stepped, other = bucket.pieces[0].parameter, bucket.pieces[1].parameter
+    stepped.grad = torch.zeros_like(stepped)
+    with torch.no_grad():
+        other.add_(1.0)
+    bucket.mark()
+    assert not _made(bucket)
+    bucket.gather()
+    assert torch.equal(bucket.parameters[1], other.bfloat16())
 
 
 def test_a_gradient_that_replicas_would_not_find() -> None:

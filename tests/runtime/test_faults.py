@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pipekern as pk
 from tests.launch import Outcome, launch
 from tests.runtime import reference
+from tests.runtime.striking import Backward, strike
 
 RANKS, MICROBATCHES, WHEN = 3, 4, 2  # the fault comes in the second step, micro-batch WHEN
 WITHIN = 2.0  # seconds until every rank knows
@@ -31,22 +31,8 @@ class Fault(NamedTuple):
     transport: str
     stamp: str
 
-    def strike(self) -> None:
-        Path(self.stamp).write_text(str(time.monotonic()))
-        if self.kind.startswith("killed"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise ValueError("a fault in the user's code")
-
-
-class _Backward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, fault: Fault) -> Tensor:
-        ctx.fault = fault
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.fault.strike()
+    def strike(self) -> NoReturn:
+        strike(self.stamp, killed=self.kind.startswith("killed"))
 
 
 class Faulty(nn.Module):
@@ -62,7 +48,7 @@ class Faulty(nn.Module):
         if self.fault is None or self.calls != MICROBATCHES + WHEN + 1:
             return self.layer(x)
         if self.fault.kind == "backward":
-            return _Backward.apply(self.layer(x), self.fault)
+            return Backward.apply(self.layer(x), self.fault)
         self.fault.strike()
         raise AssertionError("not reached")
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 import pipekern as pk
 from tests.launch import launch
+from tests.runtime.striking import Backward, strike
 
 PP, DP, MICROBATCHES = 2, 2, 3
 WITHIN = 2.0  # seconds until every rank knows
@@ -33,22 +33,8 @@ class Fault(NamedTuple):
     transport: str
     stamp: str
 
-    def strike(self) -> None:
-        Path(self.stamp).write_text(str(time.monotonic()))
-        if self.kind == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise ValueError("a fault in the user's code")
-
-
-class _Backward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, fault: Fault) -> Tensor:
-        ctx.fault = fault
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.fault.strike()
+    def strike(self) -> NoReturn:
+        strike(self.stamp, killed=self.kind == "killed")
 
 
 class Faulty(nn.Module):
@@ -64,7 +50,7 @@ class Faulty(nn.Module):
             if self.fault.where == "forward":
                 self.fault.strike()
             if self.fault.where == "backward":
-                return _Backward.apply(self.layer(x), self.fault)
+                return Backward.apply(self.layer(x), self.fault)
         return self.layer(x)
 
 
