@@ -26,6 +26,7 @@ from pipekern.errors import (
 if TYPE_CHECKING:
     from pipekern import nn, optim, plan, schedule, trace
     from pipekern.runtime.costs import LayerCosts
+    from pipekern.runtime.move import Move
     from pipekern.runtime.pipeline import Pipeline
     from pipekern.runtime.profile import profile
     from pipekern.runtime.verify import verify
@@ -41,6 +42,7 @@ __all__ = [
     "LayerCosts",
     "LayerSpec",
     "MessageMismatch",
+    "Move",
     "NumericsError",
     "PeerDied",
     "PeerFrozen",
@@ -66,6 +68,7 @@ def __getattr__(name: str) -> Any:
         "Cache": "pipekern.stage.cache",
         "LayerCosts": "pipekern.runtime.costs",
         "LayerSpec": "pipekern.stage.spec",
+        "Move": "pipekern.runtime.move",
         "Pipeline": "pipekern.runtime.pipeline",
         "Skip": "pipekern.stage.skip",
         "profile": "pipekern.runtime.profile",

@@ -56,7 +56,7 @@ class Bucket:
         parts, index = (replicas.size, replicas.index) if replicas is not None and zero else (1, 0)
         first = self.parameters[0]
         dtype = low or first.dtype
-        self._gradient_dtype = torch.float32 if low else getattr(first, "grad_dtype", None) or dtype
+        self.gradient_dtype = torch.float32 if low else getattr(first, "grad_dtype", None) or dtype
         step = _ALIGNED // dtype.itemsize
         self._shapes = [local(p.detach()).shape for p in self.parameters]
         sizes = [-(-shape.numel() // step) * step for shape in self._shapes]
@@ -140,7 +140,7 @@ class Bucket:
                 piece.of.grad = grad if self._zeroed(grad) else None
             return
         if self._gradients is None:
-            self._gradients = torch.zeros(self.count, dtype=self._gradient_dtype, device=self.values.device)
+            self._gradients = torch.zeros(self.count, dtype=self.gradient_dtype, device=self.values.device)
             views = zip(self.parameters, self._views(self._gradients), strict=True)
             self._views_of_gradients = [as_part(parameter, view) for parameter, view in views]
         else:
@@ -246,11 +246,11 @@ class Bucket:
     # -- whole parameters
 
     @torch.no_grad()
-    def whole(self, parts: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """One tensor a piece, of the masters' dtype (its parameter, or what an optimizer keeps for it), put together
-        with those of the other replicas: one a parameter, by name. Collective with ``zero``.
+    def whole(self, parts: Sequence[Tensor | None], dtype: torch.dtype) -> dict[str, Tensor]:
+        """One tensor a piece (its parameter, or what an optimizer keeps for it), put together with those of the other
+        replicas: one a parameter, by name. Collective with ``zero``.
         """
-        flat = torch.zeros(self.count, dtype=self.masters.dtype, device=self.values.device)
+        flat = torch.zeros(self.count, dtype=dtype, device=self.values.device)
         for piece, part in zip(self.pieces, parts, strict=True):
             if part is not None:
                 self._part(flat, piece, 0).copy_(part)

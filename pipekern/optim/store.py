@@ -45,7 +45,8 @@ def lay_out(stages: Mapping[int, Named], home: Mapping[int, int], dtypes: Dtypes
         kinds: dict[object, dict[int, tuple[str, int]]] = {}
         for name, p in named:
             if p.requires_grad and p.numel() and home.get(id(p), stage) == stage:
-                kind = (dtypes.get(name), p.dtype, getattr(p, "grad_dtype", None), id(p) if id(p) in home else 0)
+                grad_dtype = None if name in dtypes else p.grad_dtype  # it becomes float32
+                kind = (dtypes.get(name), p.dtype, grad_dtype, id(p) if id(p) in home else 0)
                 kinds.setdefault(kind, {}).setdefault(id(p), (name, p.nbytes))
         layouts[stage] = [run for kind in kinds.values() for run in divide(list(kind.values()), limit)]
     return layouts
@@ -172,7 +173,7 @@ class Store:
 
     # -- whole parameters
 
-    def whole(self, of: Callable[[Piece], Tensor | None]) -> dict[str, Tensor]:
+    def whole(self, of: Callable[[Piece], Tensor | None], of_gradients: bool = False) -> dict[str, Tensor]:
         """What ``of`` gives for each piece, put together over the replicas: by name in the model, a tensor of the
         parameter's shape for those of which it gives one. Every replica must give alike; collective with shards.
         """
@@ -184,9 +185,31 @@ class Store:
                     id(piece.of): part for piece, part in zip(bucket.pieces, parts, strict=True) if part is not None
                 }
                 continue
-            for name, value in bucket.whole(parts).items():
+            dtype = bucket.gradient_dtype if of_gradients else bucket.masters.dtype
+            for name, value in bucket.whole(parts, dtype).items():
                 found[id(self._known[name])] = value
         return {name: found[id(p)] for name, p in self._known.items() if id(p) in found}
+
+    def gradients(self, everywhere: Callable[[list[str]], Iterable[str]]) -> dict[str, Tensor]:
+        """The gradients that have been summed and not used yet, whole, by name; ``everywhere`` gives all processes'
+        names for this one's. Collective with shards.
+        """
+        self.part()
+        own = {id(piece.of) for bucket in self for piece in bucket.pieces if piece.parameter.grad is not None}
+        named = [name for name, p in self._known.items() if id(p) in own]
+        there = set(everywhere(named) if self.zero else named)
+        if not there:
+            return {}
+        found = self.whole(lambda piece: piece.parameter.grad, of_gradients=True)
+        return {name: value for name, value in found.items() if name in there}
+
+    def give_back(self, values: Mapping[str, Tensor]) -> None:
+        """Let the stages' parameters have a memory of their own again: ``values``, by name, for those that are laid
+        out. The store is of no use any more.
+        """
+        for name, p in self._known.items():
+            p.grad = None
+            p.data = values.get(name, p.data)
 
     def described(self) -> dict[str, Tensor]:
         """A tensor without memory for each parameter that is laid out, as :meth:`whole` gives it, by name."""

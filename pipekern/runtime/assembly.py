@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from pipekern.errors import TransportError
 from pipekern.optim.store import Store
-from pipekern.parallel.mesh import ALONE, FIRST, Place
-from pipekern.parallel.replicas import Replicas
 from pipekern.parallel.tensor import local, part_of, whole
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.blueprint import Blueprint
@@ -28,6 +26,7 @@ from pipekern.runtime.loss import Loss, Verdict
 from pipekern.runtime.options import Options
 from pipekern.runtime.outgoing import LOSS_TAG, Outgoing
 from pipekern.runtime.runner import Held, Runner
+from pipekern.runtime.site import Site
 from pipekern.stage.division import Division
 from pipekern.stage.host import Host
 from pipekern.stage.offload import Offload
@@ -51,7 +50,7 @@ class Assembly:
     def __init__(
         self,
         blueprint: Blueprint,
-        rank: int | None,
+        site: Site,
         stages: Mapping[int, Stage],
         loss_fn: Callable[[Any, Any], Any],
         loss_path: str,
@@ -59,36 +58,33 @@ class Assembly:
         transport: Transport,
         senders: Mapping[str, Sender],
         receivers: Mapping[str, Receiver],
-        place: Place = FIRST,
-        sizes: Place = ALONE,
-        replicas: Replicas | None = None,
         zero: int = 0,
         division: Division | None = None,
     ):
-        self.replicas, self.zero, self.division = replicas, zero, division
-        self.place, self.sizes = place, sizes
+        self.site, self.replicas, self.zero, self.division = site, site.replicas, zero, division
+        self.place, self.sizes, self.rank = site.place, site.grid.sizes, site.rank
         self.store: Store | None = None
-        self.blueprint, self.rank, self.stages, self.transport = blueprint, rank, stages, transport
+        self.blueprint, self.stages, self.transport = blueprint, stages, transport
         self.loss_path, self.codecs = loss_path, codecs
         last = stages.get(blueprint.schedule.stages - 1)
         self.loss = Loss(loss_fn, None if last is None else last.head, blueprint.precision is not None)
         self.senders, self.receivers = senders, receivers
-        self.outgoing = Outgoing(transport, self.receivers.values(), alone=rank is None)
+        self.outgoing = Outgoing(transport, self.receivers.values(), alone=self.rank is None)
         schedule = blueprint.schedule
-        star = (place.dp * sizes.tp + place.tp, sizes.dp * sizes.tp)
-        self.star = Star(rank, schedule.ranks, blueprint.root_rank, self.outgoing, senders, receivers, *star)
+        star = (site.pipeline, len(site.homes))
+        self.star = Star(self.rank, schedule.ranks, blueprint.root_rank, self.outgoing, senders, receivers, *star)
         self.parameters: dict[str, nn.Parameter] = dict(p for unit in self.units() for p in unit.named_parameters())
-        self.ties = Ties(rank, blueprint.ties, self.parameters, self.outgoing, senders, receivers)
+        self.ties = Ties(self.rank, blueprint.ties, self.parameters, self.outgoing, senders, receivers)
         self._held = {schedule.stage_rank[index]: Held() for index in stages}
         self._runners = {index: self._runner(stage) for index, stage in stages.items()}
         for a, b in [*pairwise(range(schedule.stages)), *blueprint.direct]:
             if schedule.stage_rank[a] == schedule.stage_rank[b] and a in self._runners:
                 one, other = self._runners[a].lane(b), self._runners[b].lane(a)
                 one.next, other.previous = other, one
-        self.train = Executor(self._runners, blueprint.train, rank, _TRAIN, self.outgoing, self._publish)
-        self.evaluate = Executor(self._runners, blueprint.evaluate, rank, _EVALUATE, self.outgoing, self._publish)
+        self.train = Executor(self._runners, blueprint.train, self.rank, _TRAIN, self.outgoing, self._publish)
+        self.evaluate = Executor(self._runners, blueprint.evaluate, self.rank, _EVALUATE, self.outgoing, self._publish)
         layers = [m for units in blueprint.stages for unit in units for m in unit.evaluate.modules()]
-        self.generator = Generator(self._runners, schedule, rank, self.star, self.outgoing, layers, blueprint.root)
+        self.generator = Generator(self._runners, schedule, self.rank, self.star, self.outgoing, layers, blueprint.root)
         self._verdict: Verdict | None = None
 
     def _runner(self, stage: Stage) -> Runner:
@@ -122,14 +118,15 @@ class Assembly:
         names = {b: names for (a, b), names in direct.items() if a == index}
         return Detours(arriving, leaving, names) if arriving or leaving else None
 
-    def settle(self) -> None:
-        """Make copies of one weight equal over ranks and replicas, and lay the parameters out as optimizers see them;
-        collective.
-        """
+    def equalise(self) -> None:
+        """Make copies of one weight equal over ranks and replicas; collective."""
         self.ties.equalise()
         if self.replicas is not None:
             for tensor in {id(t): t for unit in self.units() for t in unit.state().values()}.values():
                 self.replicas.equalise(local(tensor.detach()))
+
+    def lay_out(self) -> None:
+        """Lay the parameters out as optimizers see them."""
         blueprint = self.blueprint
         if blueprint.layouts:
             named = {
@@ -179,6 +176,11 @@ class Assembly:
         """The units of this process's stages, in the model's order."""
         return [unit for stage in self.stages.values() for unit in stage.units]
 
+    def numbered(self) -> Iterator[tuple[int, Unit]]:
+        """The units of this process's stages with their indices in the model."""
+        for index, stage in self.stages.items():
+            yield from enumerate(stage.units, self.blueprint.first_unit[index])
+
     def state(self) -> dict[str, Tensor]:
         """This process's parameters, as an optimizer sees them but whole, and buffers, by name in the model; collective
         where parameters are in shards or parts.
@@ -223,6 +225,20 @@ class Assembly:
     def buffers(self) -> list[tuple[Tensor, Tensor]]:
         """The buffers of :meth:`modules`, each with a copy of what it is now."""
         return [(b, b.clone()) for module in self.modules() for b in module.buffers(recurse=False)]
+
+    @contextmanager
+    def given(self) -> Iterator[None]:
+        """In here the model's parameters have the dtypes in which the user gave them, and no values."""
+        dtypes = self.blueprint.given
+        named = {p: dtypes[name] for unit in self.blueprint.units for name, p in unit.named_parameters()}
+        changed = [(p, p.data) for p, dtype in named.items() if p.dtype is not dtype]
+        for p, data in changed:
+            p.data = torch.empty((), dtype=named[p], device=p.device).expand(data.shape)
+        try:
+            yield
+        finally:
+            for p, data in changed:
+                p.data = data
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -293,11 +309,16 @@ class Assembly:
             runner.clear()
 
 
-def build_units(blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device]) -> dict[int, list[Unit]]:
+def build_units(
+    blueprint: Blueprint, here: Sequence[int], devices: Sequence[torch.device], kept: Mapping[int, Unit]
+) -> dict[int, list[Unit]]:
     """The units of the stages ``here``, with memory and weights, each on the device of its rank; ``devices`` is by
-    rank.
+    rank. ``kept`` are there already, by index.
     """
-    built = {index: [unit.built() for unit in blueprint.stages[index]] for index in here}
+    built: dict[int, list[Unit]] = {}
+    for stage in here:
+        numbered = enumerate(blueprint.stages[stage], blueprint.first_unit[stage])
+        built[stage] = [kept.get(index) or unit.built() for index, unit in numbered]
     for index, units in built.items():
         for unit in units:
             unit.train.to(devices[blueprint.schedule.stage_rank[index]])

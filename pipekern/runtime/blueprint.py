@@ -39,8 +39,9 @@ class Blueprint:
     """``stages[s]`` are the units of stage s, ``first_unit[s]`` the index of its first.
 
     ``recompute[s]`` says what of each of them is made again. ``parameters`` gives every name its place in the model's
-    order; names of one tied weight share theirs. ``layouts[s]`` are the names of the trained parameters of stage s that
-    lie together where a ``Store`` has them, and ``dtypes`` what stages compute with, by a parameter's name.
+    order; names of one tied weight share theirs. ``given`` are the dtypes that the user's parameters have, ``dtypes``
+    those that stages compute with where these are others, both by name. ``layouts[s]`` are the names of the trained
+    parameters of stage s that lie together where a ``Store`` has them.
     """
 
     root: nn.Module
@@ -59,11 +60,17 @@ class Blueprint:
     precision: torch.dtype | None
     offload: Offload
     styles: Styles
+    given: dict[str, torch.dtype]
 
     @property
     def direct(self) -> dict[Edge, list[str]]:
         """By two stages: what goes from the first to the second past those between."""
         return sent_directly(self.skips)
+
+    @property
+    def units(self) -> list[Unit]:
+        """All units, in the model's order."""
+        return [unit for units in self.stages for unit in units]
 
     @property
     def root_rank(self) -> int:
@@ -72,7 +79,7 @@ class Blueprint:
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules of the model, of its root and its units; one that several have comes as often."""
-        units = [unit for stage in self.stages for unit in stage]
+        units = self.units
         for top in (self.root, *(unit.train for unit in units), *(unit.evaluate for unit in units)):
             yield from top.modules()
 
@@ -82,8 +89,8 @@ class Blueprint:
 
     def row(self) -> dict[str, Any]:
         """What every rank must agree on."""
-        parameters = [pair for units in self.stages for unit in units for pair in unit.named_parameters()]
-        first = self.stages[0][0]
+        parameters = [pair for unit in self.units for pair in unit.named_parameters()]
+        first = self.units[0]
         return {
             "schedule": self.schedule.name,
             "micro-batches": self.schedule.microbatches,
@@ -102,20 +109,27 @@ class Blueprint:
         }
 
 
-def draw(options: Options, ranks: int, sizes: Place = ALONE, bucket: int = 1 << 25, together: bool = True) -> Blueprint:
+def draw(
+    options: Options,
+    ranks: int,
+    sizes: Place = ALONE,
+    bucket: int = 1 << 25,
+    together: bool = True,
+    model: tuple[nn.Module, list[Unit]] | None = None,
+) -> Blueprint:
     """Check every option and cut the model. Raises ``ConfigError`` or ``ScheduleError`` before anything starts.
 
     ``sizes``: of the mesh. ``bucket``: the most bytes that go between replicas at once. ``together``: one process has
-    all ranks.
+    all ranks. ``model``: the root and the units, where it is cut already.
     """
     replicas = sizes.dp
-    root, units = cut(options.module, options.seed, options.inputs)
+    root, units = model or cut(options.module, options.seed, options.inputs)
     _check_microbatches(options.microbatches)
     if options.schedule == "auto":
         order, counts = _chosen(options, units, ranks)
     else:
         order = _schedule(options.schedule, ranks, options.microbatches, options.chunks)
-        counts = _split(options.split, units, order)
+        counts = _split(options.split if options.counts is None else options.counts, units, order)
     starts = [sum(counts[:stage]) for stage in range(len(counts))]
     stages = [units[start : start + count] for start, count in zip(starts, counts, strict=True)]
     refuse_shared_state(stages)
@@ -154,6 +168,7 @@ def draw(options: Options, ranks: int, sizes: Place = ALONE, bucket: int = 1 << 
         precision,
         offload,
         _styles(options, units, sizes),
+        {name: p.dtype for name, p in named},
     )
 
 
@@ -253,5 +268,21 @@ def free_others(blueprint: Blueprint, keep: set[int]) -> None:
     for module in blueprint.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in keep:
-                meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-                module._parameters[name] = empty.setdefault(parameter, nn.Parameter(meta, parameter.requires_grad))
+                module._parameters[name] = empty.setdefault(parameter, _like(parameter, torch.device("meta")))
+
+
+def bring_back(blueprint: Blueprint, stages: Sequence[int], device: torch.device) -> None:
+    """Give the parameters of ``stages`` that have lost it a memory, on ``device``, without values."""
+    units = [unit for stage in stages for unit in blueprint.stages[stage] if unit.build is None]
+    lost = dict.fromkeys(p for unit in units for _, p in unit.named_parameters() if p.is_meta)
+    made = {p: _like(p, device) for p in lost}
+    for module in blueprint.modules():
+        for name, parameter in module._parameters.items():
+            if parameter in made:
+                module._parameters[name] = made[parameter]
+
+
+def _like(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    twin = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), parameter.requires_grad)
+    twin.grad_dtype = parameter.grad_dtype
+    return twin

@@ -17,29 +17,36 @@ WHOLE = (torch.optim.Adafactor, torch.optim.LBFGS, *([torch.optim.Muon] if hasat
 
 
 def bound(
-    parts: Assembly,
+    parts: Callable[[], Assembly],
     running: Callable[[], AbstractContextManager[None]],
     cls: type[torch.optim.Optimizer],
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """See ``Pipeline.optimizer``. What an ``AdamW`` exchanges happens within ``running()``."""
-    if parts.zero and issubclass(cls, WHOLE):
+    """See ``Pipeline.optimizer``. ``parts()`` are today's; what an ``AdamW`` exchanges happens within ``running()``."""
+    now = parts()
+    if now.zero and issubclass(cls, WHOLE):
         raise ConfigError(
-            f"zero={parts.zero} with {cls.__name__}, which looks at whole matrices, and here has shards of them; use "
+            f"zero={now.zero} with {cls.__name__}, which looks at whole matrices, and here has shards of them; use "
             "zero=0, or an optimizer that treats every number alone"
         )
-    optimizer = cls([{"params": parts.distinct()}], **options)
+    optimizer = cls([{"params": now.distinct()}], **options)
+    attach(optimizer, now, running)
+    if isinstance(optimizer, AdamW) and now.store is not None:
+        optimizer.register_step_post_hook(lambda *_: parts().store.mark())  # type: ignore[union-attr]  # stays one
+    return optimizer
+
+
+def attach(
+    optimizer: torch.optim.Optimizer, parts: Assembly, running: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Let an ``AdamW`` clip by the norm over all ranks of ``parts``, and write their low-precision values."""
     if isinstance(optimizer, AdamW):
-        store = parts.store
 
         def share(stats: Tensor, parameters: list[nn.Parameter]) -> Tensor:
             with running():
                 return _rows(parts, stats, parameters)
 
-        optimizer.bind(share, {} if store is None else store.copies())
-        if store is not None:
-            optimizer.register_step_post_hook(lambda *_: store.mark())
-    return optimizer
+        optimizer.bind(share, {} if parts.store is None else parts.store.copies())
 
 
 def gradient_norm(parts: Assembly, norm_type: float) -> tuple[Tensor, str]:

@@ -54,6 +54,7 @@ class Options:
     offload: float | str | None = None
     offload_folder: str | None = None
     tensor_parallel: Plan = None
+    counts: Sequence[int] | None = None  # units a stage, where ``split`` says what units cost
 
     def check(self) -> None:
         """Raise ``ConfigError`` for what is wrong whatever the model and the ranks are."""

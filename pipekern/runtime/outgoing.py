@@ -15,10 +15,10 @@ from pipekern.transport.value import map_tensors
 
 # What a message is, in the high byte of its tag; below it the step (24 bits) and the micro-batch or a number.
 FORWARD_TAG, BACKWARD_TAG, EVALUATE_TAG, LOSS_TAG, EXCHANGE_TAG, TIE_TAG = (kind << 56 for kind in range(1, 7))
-GENERATE_TAG, TOKEN_TAG = (kind << 56 for kind in range(7, 9))
+GENERATE_TAG, TOKEN_TAG, MOVE_TAG = (kind << 56 for kind in range(7, 10))
 _KINDS = (
     "", "activation", "gradient", "activation of an evaluation", "loss", "collective", "tied weight",
-    "activation of a text", "new tokens",
+    "activation of a text", "new tokens", "moving layer",
 )  # fmt: skip
 _RETRY = 0.0005  # seconds that a receive waits before it retries queued sends
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipekern.errors import CheckpointError, TransportError
+from pipekern.errors import CheckpointError, ConfigError, ScheduleError, TransportError
 from pipekern.optim import clip
 from pipekern.optim.scale import LossScale
 from pipekern.parallel.mesh import Mesh
 from pipekern.parallel.plan import Plan
 from pipekern.plan.offload import Offload
 from pipekern.runtime import microbatch, optimizer, saving
+from pipekern.runtime import move as moving
+from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.batch import Batch, divide
 from pipekern.runtime.executor import Executor
 from pipekern.runtime.measure import gathered
+from pipekern.runtime.move import Move
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.parameters import StageParameters, load
 from pipekern.runtime.prompts import Ids, join, prepare
@@ -119,24 +124,27 @@ class Pipeline:
         offload_folder: str | None = None,
         tensor_parallel: Plan = None,
     ):
-        self._parts = start(
-            Options(
-                module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
-                transport, timeout, inputs, memory, fuse_loss, codec, mesh, precision, zero, loss_scale, offload,
-                offload_folder, tensor_parallel,
-            )
+        self._options = Options(
+            module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
+            transport, timeout, inputs, memory, fuse_loss, codec, mesh, precision, zero, loss_scale, offload,
+            offload_folder, tensor_parallel,
         )  # fmt: skip
-        self.loss_path, self.codecs = self._parts.loss_path, self._parts.codecs
         self.loss_scale = (loss_scale or LossScale()) if precision == "fp16" else None
-        self._training = Training(self._parts, on_nonfinite, self.loss_scale)
-        self._seed = seed
         self._step = 0
         self._closed = ""
-        self._executor: Executor = self._parts.train
         self._optimizer: torch.optim.Optimizer | None = None
-        self._finalizer = weakref.finalize(self, self._parts.transport.close)
+        self._take(start(self._options), None)
         with self._running():
-            self._parts.settle()
+            self._parts.equalise()
+            self._parts.lay_out()
+
+    def _take(self, parts: Assembly, loss_is_pair: bool | None) -> None:
+        """Go on with ``parts``."""
+        self._parts = parts
+        self.loss_path, self.codecs = parts.loss_path, parts.codecs
+        self._training = Training(parts, self._options.on_nonfinite, self.loss_scale, loss_is_pair)
+        self._executor: Executor = parts.train
+        self._finalizer = weakref.finalize(self, parts.transport.close)
 
     # -- steps
 
@@ -204,7 +212,7 @@ class Pipeline:
         self._executor.times.clear()
         parts = self._parts
         batch = divide(x, y, parts.blueprint.schedule, parts.stages, training, not parts.star.alone)
-        batch.step, batch.step_key = self._step, step_key(self._seed, self._step)
+        batch.step, batch.step_key = self._step, step_key(self._options.seed, self._step)
         scale = self.loss_scale.value if training and self.loss_scale is not None else 1.0
         parts.loss.start(batch.targets or [], batch.sizes, scale, parts.over_replicas)
         return batch
@@ -214,12 +222,14 @@ class Pipeline:
         executor.run(batch)
 
     @contextmanager
-    def _running(self, where: Callable[[], str] | None = None) -> Iterator[None]:
+    def _running(
+        self, where: Callable[[], str] | None = None, harmless: tuple[type[Exception], ...] = (CheckpointError,)
+    ) -> Iterator[None]:
         if self._closed:
             raise TransportError(f"this pipeline is closed: {self._closed}; make a new one")
         try:
             yield
-        except CheckpointError:
+        except harmless:
             raise  # on all ranks alike, and nothing has changed
         except BaseException as error:
             self._fail(error, (where or self._executor.where)())
@@ -237,6 +247,54 @@ class Pipeline:
         if not self._parts.star.alone:
             self._closed = f"{type(error).__name__} at {where}"
             self._finalizer()
+
+    # -- another split
+
+    @property
+    def split(self) -> tuple[int, ...]:
+        """Units a stage."""
+        return tuple(map(len, self._parts.blueprint.stages))
+
+    def replan(
+        self,
+        *,
+        split: Split = None,
+        schedule: str | Schedule | None = None,
+        microbatches: int | None = None,
+        chunks: int | None = None,
+    ) -> Move:
+        """Go on with another split, schedule, number of micro-batches or chunks: what is None stays as it was asked
+        for. Collective, between two steps.
+
+        Layers go to their new ranks with parameters, gradients, optimizer state and buffers; training goes on bit for
+        bit as if they had been there. ``parameters()`` are then others, also those of the optimizer, which must be of
+        :meth:`optimizer` (in one process without ``precision`` they stay, and so may the optimizer be any). Raises
+        ``ConfigError`` or ``ScheduleError`` on all ranks, where nothing has changed and training can go on.
+        """
+        now = self._options
+        return self._replan(
+            replace(
+                now,
+                split=now.split if split is None else split,
+                schedule=now.schedule if schedule is None else schedule,
+                microbatches=now.microbatches if microbatches is None else microbatches,
+                chunks=now.chunks if chunks is None else chunks,
+                counts=None,
+            )
+        )
+
+    def _replan(self, options: Options) -> Move:
+        began, split, before = time.perf_counter(), self.split, self._parts
+        with self._running(harmless=(ConfigError, ScheduleError)):
+            proposal = moving.propose(before, options, self._optimizer)
+        with self._running():
+            parts, sent = moving.move(before, proposal, self._optimizer)
+            self._options = options
+            self._finalizer()
+            self._take(parts, self._training.loss_is_pair)
+        if self._optimizer is not None:
+            optimizer.attach(self._optimizer, parts, self._running)
+        return Move(split, self.split, sent, time.perf_counter() - began)
 
     # -- parameters
 
@@ -257,7 +315,7 @@ class Pipeline:
         take the state of the last one made with that of the model. Raises ``ConfigError`` for a class that looks at
         whole matrices where parameters are in shards.
         """
-        self._optimizer = optimizer.bound(self._parts, self._running, cls, options)
+        self._optimizer = optimizer.bound(lambda: self._parts, self._running, cls, options)
         return self._optimizer
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -280,7 +338,7 @@ class Pipeline:
         any point, the last one is as it was, and so is the pipeline; all ranks raise ``CheckpointError``.
         """
         with self._running():
-            saving.save(self._parts, self._optimizer, self.loss_scale, self._step, self._seed, folder, data)
+            saving.save(self._parts, self._optimizer, self.loss_scale, self._step, self._options.seed, folder, data)
 
     def load(self, folder: str | os.PathLike[str]) -> Any:
         """Go on from the checkpoint in ``folder``, saved with any ranks, split and schedule; collective.
@@ -290,7 +348,7 @@ class Pipeline:
         ``CheckpointError`` with every difference, and nothing has changed.
         """
         with self._running():
-            self._step, data = saving.load(self._parts, self._optimizer, self.loss_scale, self._seed, folder)
+            self._step, data = saving.load(self._parts, self._optimizer, self.loss_scale, self._options.seed, folder)
         return data
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -30,7 +30,6 @@ from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.collective import Star
 from pipekern.runtime.names import Names
 from pipekern.runtime.optimizer_state import OptimizerState
-from pipekern.stage.unit import Unit
 
 Folder = str | os.PathLike[str]
 Optimizer = torch.optim.Optimizer | None
@@ -42,19 +41,19 @@ def sources(parts: Assembly, names: Names, optimizer: OptimizerState | None) -> 
     """By unit that this process saves: what gives the whole tensor of each key. Collective where parameters are in
     shards, which are put together now, all of them.
     """
-    files: dict[int, Sources] = {index: {} for index, _ in _units(parts)}
+    files: dict[int, Sources] = {index: {} for index, _ in parts.numbered()}
     state = parts.state()
     for index, name, value in _state(parts, names):
         if names.unit.get(name) == index:
             files[index][f"model/{name}"] = state.get(name, value).detach
-    for name, key, value in () if optimizer is None else _moments(parts, names, optimizer):
+    for name, key, value in () if optimizer is None else moments(parts, names, optimizer):
         if names.unit[name] in files:
             files[names.unit[name]][_optimizer_key(name, key)] = value.detach
     return files if parts.star.pipeline == 0 else {}  # other replicas have the same
 
 
-def _moments(parts: Assembly, names: Names, optimizer: OptimizerState) -> list[tuple[str, str, Tensor]]:
-    """What ``optimizer`` keeps, by parameter and key, whole."""
+def moments(parts: Assembly, names: Names, optimizer: OptimizerState) -> list[tuple[str, str, Tensor]]:
+    """What ``optimizer`` keeps, by parameter and key, whole; collective with shards."""
     own = [(name, key, whole(value)) for name, key, value in optimizer.tensors()]
     store = parts.store
     if store is None or not parts.zero:
@@ -92,7 +91,7 @@ def save(
     rank, gather = parts.star.number, _gather(parts.star)
     names = Names.of(parts.blueprint)
     kept: list[OptimizerState | None] = []
-    together(lambda: kept.append(_kept(parts, names, optimizer)), gather)
+    together(lambda: kept.append(state_of(parts, names, optimizer)), gather)
     (own,) = kept
     files = sources(parts, names, own)
 
@@ -117,7 +116,7 @@ def load(parts: Assembly, optimizer: Optimizer, scale: LossScale | None, seed: i
     ready: list[tuple[Checkpoint, OptimizerState | None, Targets]] = []
 
     def check() -> str:
-        checkpoint, own = Checkpoint(folder), _kept(parts, names, optimizer)
+        checkpoint, own = Checkpoint(folder), state_of(parts, names, optimizer)
         _refuse(_differences(parts, names, own, seed, checkpoint), folder)
         mine = targets(parts, names, own, checkpoint)
         random = _random_key(_source(rank, checkpoint), "")
@@ -175,19 +174,13 @@ def _gather(star: Star) -> Gather:
     return gather
 
 
-def _units(parts: Assembly) -> Iterator[tuple[int, Unit]]:
-    """This process's units with their indices."""
-    for index, stage in parts.stages.items():
-        yield from enumerate(stage.units, parts.blueprint.first_unit[index])
-
-
 def _state(parts: Assembly, names: Names) -> list[tuple[int, str, Tensor]]:
     """This process's parameters and buffers: unit, name, value. What several units use comes with each of them: of a
     buffer they may have copies.
 
     Raises ``CheckpointError`` for state that is no tensor.
     """
-    rows = [(index, name, value) for index, unit in _units(parts) for name, value in unit.state().items()]
+    rows = [(index, name, value) for index, unit in parts.numbered() for name, value in unit.state().items()]
     state = [row for row in rows if row[1] in names.first]
     extra = [name for _, name, value in state if not isinstance(value, Tensor)]
     if extra:
@@ -195,7 +188,8 @@ def _state(parts: Assembly, names: Names) -> list[tuple[int, str, Tensor]]:
     return state
 
 
-def _kept(parts: Assembly, names: Names, optimizer: Optimizer) -> OptimizerState | None:
+def state_of(parts: Assembly, names: Names, optimizer: Optimizer) -> OptimizerState | None:
+    """What ``optimizer`` keeps, under the first names of parameters."""
     own = {id(parameter): names.first[name] for name, parameter in parts.parameters.items()}
     return None if optimizer is None else OptimizerState(optimizer, own)
 

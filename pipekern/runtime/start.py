@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -22,11 +23,14 @@ from pipekern.runtime.heap import keep_freed_memory
 from pipekern.runtime.limits import limits, memory_of
 from pipekern.runtime.links import all_links, links, prefix
 from pipekern.runtime.options import Options
+from pipekern.runtime.site import Site
 from pipekern.stage.division import Division
 from pipekern.stage.unit import Unit
 from pipekern.transport.agree import disagreements
 from pipekern.transport.open import open_transport
 from pipekern.transport.world import World, join, same_host
+
+NO_LIMIT = 1 << 62  # bytes
 
 _T = TypeVar("_T")
 
@@ -36,7 +40,11 @@ def start(options: Options) -> Assembly:
     options.check()
     world = join(options.transport, options.timeout)
     try:
-        return _assemble(options, world)
+        site = _site(options, world)
+        options, blueprint = agreed(options, world, site)
+        if site.rank is not None:
+            free_others(blueprint, owned(blueprint, blueprint.schedule.stages_of(site.rank)))
+        return assembled(options, world, site, blueprint)
     except BaseException as error:
         if world is not None:
             world.abort(error, f"rank {world.rank}, while the pipeline was made")
@@ -44,21 +52,30 @@ def start(options: Options) -> Assembly:
         raise
 
 
-def _assemble(options: Options, world: World | None) -> Assembly:
+def _site(options: Options, world: World | None) -> Site:
     if world is None:
-        grid, place, replicas = Grid.of(options.mesh, 1), FIRST, None
-        devices = _devices(options.devices, _size(options.ranks, None), launched=False)
-    else:
-        grid, devices = _compared(world, lambda: _grid(options, world.size))
-        place, replicas = grid.place(world.rank), _replicas(options, world, grid, devices[world.rank])
-    options, blueprint = _agreed(options, world, grid, devices, replicas)
-    schedule, rank = blueprint.schedule, None if world is None else place.pp
+        ranks = _size(options.ranks, None)
+        devices = _devices(options.devices, ranks, launched=False)
+        return Site(Grid.of(options.mesh, 1), FIRST, None, devices, [range(ranks)], None, NO_LIMIT)
+    grid, devices = compared(world, lambda: _grid(options, world.size))
+    place, device = grid.place(world.rank), devices[world.rank]
+    replicas = _replicas(options, world, grid, device)
+    return Site(grid, place, place.pp, devices, grid.homes, replicas, _bucket(world, replicas, device))
+
+
+def assembled(
+    options: Options,
+    world: World | None,
+    site: Site,
+    blueprint: Blueprint,
+    kept: Mapping[int, Unit] | None = None,
+    moves: Sequence[tuple[int, int]] = (),
+) -> Assembly:
+    """Stages and links of what all ranks have agreed on. ``kept``: units that this process has already, by index.
+    ``moves``: (from, to), ranks of a pipeline between which parameters will go.
+    """
+    schedule, rank, own, grid = blueprint.schedule, site.rank, site.own, site.grid
     here = range(schedule.stages) if rank is None else schedule.stages_of(rank)
-    number = place.dp * grid.sizes.tp + place.tp
-    homes = [range(schedule.ranks)] if world is None else grid.homes
-    own = [devices[home] for home in homes[number]]  # by rank of this pipeline
-    if rank is not None:
-        free_others(blueprint, owned(blueprint, here))
     if any(own[schedule.stage_rank[stage]].type == "cpu" for stage in here):
         keep_freed_memory()
     if options.tensor_parallel is not None:
@@ -66,27 +83,28 @@ def _assemble(options: Options, world: World | None) -> Assembly:
     if options.fuse_loss is None:  # on a CPU it saves memory and costs time
         options = replace(options, fuse_loss=own[schedule.stage_rank[-1]].type == "cuda")
     loss_path = choose_head(blueprint.stages[-1], options.loss_fn, options.fuse_loss)[1]
-    units = build_units(blueprint, here, own)
-    division = None if world is None else _division(options, world, grid, devices[world.rank], blueprint, units)
-    stages = build_stages(blueprint, units, own, options, place.dp)
-    codecs = link_codecs(options, blueprint, homes, devices, world)
-    every = links(blueprint, codecs) if world is None else all_links(blueprint, codecs, grid)
-    opened = open_transport(options.transport, every, devices, world)
-    start = prefix(number, grid)
+    units = build_units(blueprint, here, own, kept or {})
+    division = None if world is None else _division(options, world, site, blueprint, units)
+    stages = build_stages(blueprint, units, own, options, site.place.dp)
+    codecs = link_codecs(options, blueprint, site.homes, site.devices, world)
+    every = links(blueprint, codecs, moves) if world is None else all_links(blueprint, codecs, moves, grid)
+    opened = open_transport(options.transport, every, site.devices, world)
+    start = prefix(site.pipeline, grid)
     senders = {name.removeprefix(start): end for name, end in opened.senders.items()}
     receivers = {name.removeprefix(start): end for name, end in opened.receivers.items()}
-    if replicas is not None:
-        replicas.watch(opened.transport.check)
+    if site.replicas is not None:
+        site.replicas.watch(opened.transport.check)
     if division is not None:
         division.parts.watch(opened.transport.check)
-    return Assembly(
-        blueprint, rank, stages, options.loss_fn, loss_path, codecs, opened.transport, senders, receivers,
-        place, grid.sizes, replicas, options.zero if replicas is not None else 0, division,
-    )  # fmt: skip
+    zero = options.zero if site.replicas is not None else 0
+    ends = opened.transport, senders, receivers
+    return Assembly(blueprint, site, stages, options.loss_fn, loss_path, codecs, *ends, zero, division)
 
 
-def _compared(world: World, make: Callable[[], tuple[_T, dict[str, Any]]]) -> _T:
+def compared(world: World | None, make: Callable[[], tuple[_T, dict[str, Any]]]) -> _T:
     """What ``make`` gives, once all ranks have the same row with it. What is wrong on one is raised on all."""
+    if world is None:
+        return make()[0]
     failure: PipekernError | None = None
     try:
         made, row = make()
@@ -116,14 +134,10 @@ def _replicas(options: Options, world: World, grid: Grid, device: torch.device) 
 
 
 def _division(
-    options: Options,
-    world: World,
-    grid: Grid,
-    device: torch.device,
-    blueprint: Blueprint,
-    units: Mapping[int, list[Unit]],
+    options: Options, world: World, site: Site, blueprint: Blueprint, units: Mapping[int, list[Unit]]
 ) -> Division | None:
     """The units of this process divided among the parts of its stages, None where there is one. Collective."""
+    grid, device = site.grid, site.devices[world.rank]
     if grid.sizes.tp == 1:
         return None
     group = groups(grid, world.rank, device, "tp", options.timeout)
@@ -145,37 +159,41 @@ def _division(
 def _bucket(world: World, replicas: Replicas | None, device: torch.device) -> int:
     """Bytes that go between replicas at once: those of 20 latencies, so that beginning costs a twentieth."""
     if replicas is None:
-        return 1 << 62
+        return NO_LIMIT
     latency, bandwidth = speed(replicas, device)
     rows = world.gather({"bucket": 20 * latency * bandwidth})
     return min(max(int(max(row["bucket"] for row in rows)), 1 << 20), 1 << 28)
 
 
-def _agreed(
-    options: Options, world: World | None, grid: Grid, devices: Sequence[torch.device], replicas: Replicas | None
+def agreed(
+    options: Options, world: World | None, site: Site, before: Assembly | None = None
 ) -> tuple[Options, Blueprint]:
-    """The options with what ranks agree on, and the blueprint once all have drawn the same. What is wrong on one is
-    raised on all.
+    """The options with what ranks agree on, and the blueprint once all have drawn the same; of the units that are
+    there ``before``. What is wrong on one is raised on all.
     """
+    model = None if before is None else (before.blueprint.root, before.blueprint.units)
+    given = nullcontext() if before is None else before.given()
     if world is None:
         if _wants_memory(options):
-            rows = [memory_of(options.module, device, devices.count(device)) for device in devices]
+            rows = [memory_of(options.module, device, site.devices.count(device)) for device in site.devices]
             options = replace(options, memory=limits(rows, lambda a, b: True))
-        return options, draw(options, len(devices))
-    options = _informed(options, world, devices[world.rank])
-    bucket = _bucket(world, replicas, devices[world.rank])
+        with given:
+            return options, draw(options, len(site.devices), model=model)
+    options = _informed(options, world, site.devices[world.rank])
 
     def drawn() -> tuple[Blueprint, dict[str, Any]]:
-        blueprint = draw(options, _size(options.ranks, grid), grid.sizes, bucket, together=False)
-        return blueprint, blueprint.row() | {
-            "seed": options.seed,
-            "fuse_loss": options.fuse_loss,
-            "codec": options.codec if isinstance(options.codec, str) else dict(options.codec),
-            "precision": options.precision,
-            "zero": options.zero,
-        }
+        with given:
+            ranks = _size(options.ranks, site.grid)
+            blueprint = draw(options, ranks, site.grid.sizes, site.bucket, together=False, model=model)
+            return blueprint, blueprint.row() | {
+                "seed": options.seed,
+                "fuse_loss": options.fuse_loss,
+                "codec": options.codec if isinstance(options.codec, str) else dict(options.codec),
+                "precision": options.precision,
+                "zero": options.zero,
+            }
 
-    return options, _compared(world, drawn)
+    return options, compared(world, drawn)
 
 
 def _informed(options: Options, world: World, device: torch.device) -> Options:

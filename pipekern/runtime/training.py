@@ -26,19 +26,22 @@ def _mend(buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 class Training:
-    """Steps of ``parts``; ``policy`` is ``on_nonfinite`` of ``Pipeline``, ``scale`` that of the loss under float16."""
+    """Steps of ``parts``; ``policy`` is ``on_nonfinite`` of ``Pipeline``, ``scale`` that of the loss under float16.
 
-    def __init__(self, parts: Assembly, policy: str, scale: LossScale | None):
+    ``loss_is_pair``: whether the loss function returns a sum and a count, None until it is known.
+    """
+
+    def __init__(self, parts: Assembly, policy: str, scale: LossScale | None, loss_is_pair: bool | None = None):
         self.watch = Watch(parts)
         self.guard = Guard(parts, self.watch, policy, scale)
         self._parts = parts
-        self._loss_is_pair: bool | None = None  # known after the first step
+        self.loss_is_pair = loss_is_pair
 
     def step(self, batch: Batch, run: Callable[[Executor, Batch], None]) -> tuple[Tensor, str]:
         """The mean loss, whose gradients are added to ``.grad``, and what is not finite, in words."""
         parts, store = self._parts, self._parts.store
         apart = store is not None or parts.division is not None
-        whole = self._loss_is_pair is not False or self.guard.drops or apart
+        whole = self.loss_is_pair is not False or self.guard.drops or apart
         if store is not None:
             store.part()
         deltas = Deltas(parts.distinct() if whole else parts.ties.parameters)
@@ -65,5 +68,5 @@ class Training:
             deltas.drop()
         else:
             deltas.merge()
-        self._loss_is_pair = verdict.divisor is not None
+        self.loss_is_pair = verdict.divisor is not None
         return verdict.loss, trouble

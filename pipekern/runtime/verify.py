@@ -141,14 +141,14 @@ def _reference_step(pipe: Pipeline, model: nn.Module, x: Any, y: Any) -> float:
     blueprint, device = pipe._parts.blueprint, pipe._parts.devices[-1]
     m = blueprint.schedule.microbatches
     units = [unit for stage in blueprint.stages for unit in stage]
-    keys = unit_keys(pipe._seed, range(m), range(len(units)))
+    keys = unit_keys(pipe._options.seed, range(m), range(len(units)))
     reseed = _Reseed(model, units, device)
     precision = pipe._parts.blueprint.precision
     loss = Loss(pipe._parts.loss.loss_fn, low_precision=precision is not None)
     xs, ys = microbatch.split(x, m, "x"), microbatch.split(y, m, "y")
     loss.start(ys, microbatch.sizes(microbatch.batch_size(x, "x"), m))
     for i in range(m):
-        reseed.start([key ^ step_key(pipe._seed, pipe._step) for key in keys[i]])
+        reseed.start([key ^ step_key(pipe._options.seed, pipe._step) for key in keys[i]])
         output = units[0].spreading(model)(cast(microbatch.to_device(xs[i], device), precision))
         value, weight = loss.forward(i, output, microbatch.to_device(ys[i], device))
         torch.autograd.backward(value, torch.full_like(value, weight))

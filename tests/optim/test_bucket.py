@@ -238,7 +238,7 @@ def test_a_failed_step_is_forgotten() -> None:
 def test_whole(replicas: int) -> None:
     """Of masters in one part, what belongs to each parameter; nothing of a piece is a zero."""
     for bucket in [Bucket(_named(3), torch.bfloat16, r, 0) for r in (Together.all(2) if replicas == 2 else [None])]:
-        whole = bucket.whole([*(piece.parameter.detach() for piece in bucket.pieces[:-1]), None])
+        whole = bucket.whole([*(piece.parameter.detach() for piece in bucket.pieces[:-1]), None], bucket.masters.dtype)
         *wanted, last = _named(3)
         assert list(whole) == bucket.names and not whole[last[0]].any() and whole[last[0]].shape == last[1].shape
         assert all(torch.equal(whole[name], p) and whole[name].dtype is torch.float32 for name, p in wanted)
