@@ -28,6 +28,7 @@ from pipekern.trace.timeline import COMPUTE
 from pipekern.transport.value import tensors
 
 _RECENT = 15  # steps whose medians are told
+_LEAST = 5  # heard steps without which there is no median
 _UNHEARD = 64  # steps that are kept for an exchange at most
 TOGETHER = 3  # steps that are told at once: an exchange costs as much for several as for one
 
@@ -55,6 +56,30 @@ class Watch:
             for stage in schedule.stages_of(rank)
         ]
         self._drift = Drift(len(self._watched))
+        self._heard: deque[list[int]] = deque(maxlen=_RECENT)
+
+    @property
+    def slow(self) -> dict[tuple[int, int], float]:
+        """The stages that have become slower than they were, by (rank of the job, stage): how many times; the same on
+        every rank.
+        """
+        return {self._watched[part]: factor for part, factor in self._drift.slow.items()}
+
+    @property
+    def heard(self) -> int:
+        """Of how many recent steps :meth:`busy` is the median."""
+        return len(self._heard)
+
+    def busy(self) -> list[float] | None:
+        """Seconds a step that each stage of the schedule computes, of replicas the slowest: medians of recent steps,
+        the same numbers on every rank. None until enough steps are heard of.
+        """
+        if len(self._heard) < _LEAST:
+            return None
+        stages = [0.0] * self._parts.blueprint.schedule.stages
+        for (_, stage), times in zip(self._watched, zip(*self._heard, strict=True), strict=True):
+            stages[stage] = max(stages[stage], median(times) / 1e9)
+        return stages
 
     def note(self, batch: Batch) -> None:
         """Take the clocks of the step on ``batch`` that has just run."""
@@ -82,7 +107,9 @@ class Watch:
         rows = [json.loads(text[1:]) for text in told]
         for number, step in enumerate(zip(*rows, strict=True)):
             work = sum(row[0] for row in step) or 1
-            for part, factor in self._drift.see([time for row in step for time in row[1:]], work):
+            times = [time for row in step for time in row[1:]]
+            self._heard.append(times)
+            for part, factor in self._drift.see(times, work):
                 self._say(self._steps - len(rows[0]) + number, *self._watched[part], factor)
 
     def _say(self, step: int, rank: int, stage: int, factor: float) -> None:
@@ -100,8 +127,7 @@ class Watch:
         everywhere = self._parts.star.everywhere([" " + self._rows(), self._medians()])
         self.hear([text for pipeline in everywhere for text, _ in pipeline])
         ranks = tuple(_stats(*rank) for pipeline in everywhere for _, own in pipeline for rank in own)
-        slow = {self._watched[part]: factor for part, factor in self._drift.slow.items()}
-        return Stats(ranks, self._steps, slow)
+        return Stats(ranks, self._steps, self.slow)
 
     def _medians(self) -> list[list[Any]]:
         """Of each rank here: (stage, kind, seconds) of what it does, and seconds from its first clock to its last."""

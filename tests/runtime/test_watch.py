@@ -98,6 +98,32 @@ def test_a_slow_stage_is_named(processes: bool, policy: str) -> None:
     assert all(not lines for lines, *_ in results[1:])
 
 
+def _busy(ranks: int) -> tuple[list[float] | None, list[float] | None, int]:
+    """What is heard before there is enough; after steps in which stage 1 of 3 takes 4 times as long; of how many."""
+    naps = [Nap() for _ in range(3)]
+    naps[1].seconds = 0.008
+    x = torch.ones(4, 4)
+    with pk.Pipeline(nn.Sequential(*naps), loss_fn=nn.MSELoss(), microbatches=2, ranks=ranks, split=[1] * 3) as pipe:
+        watch = pipe._training.watch
+        pipe.train_step(x, x)
+        early = watch.busy()
+        for _ in range(11):
+            pipe.train_step(x, x)
+        return early, watch.busy(), watch.heard
+
+
+@PLACES
+def test_all_ranks_know_how_busy_each_stage_is(processes: bool) -> None:
+    """By the clock, and the same bits."""
+    results = run(processes, _busy, 3)
+    early, busy, heard = results[0]
+    assert all(result == results[0] for result in results)
+    assert early is None and 5 <= heard <= 12
+    assert busy is not None and len(busy) == 3
+    assert busy[1] >= 2 * 0.008 and min(busy[0], busy[2]) >= 2 * 0.002
+    assert busy[1] > max(busy[0], busy[2])
+
+
 def _accounted(ranks: int, schedule: str) -> tuple[Stats, list[float]]:
     net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
     x = torch.randn(12, 8)
