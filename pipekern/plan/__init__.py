@@ -1,5 +1,6 @@
 """Plans: what layers cost, how they are cut into stages, which schedule, and whether it fits."""
 
+from pipekern.plan.balance import Balance, UnitCosts, UnitMemory, balance, predicted
 from pipekern.plan.choose import Choice, choose
 from pipekern.plan.cluster import Cluster, Device, Link
 from pipekern.plan.codec import choose_codec
@@ -12,6 +13,7 @@ from pipekern.plan.partition import Partition, StageMemory, partition, partition
 __all__ = [
     "FLOAT32",
     "MIXED",
+    "Balance",
     "Choice",
     "Cluster",
     "Device",
@@ -26,7 +28,10 @@ __all__ = [
     "RankMemory",
     "StageMemory",
     "Trip",
+    "UnitCosts",
+    "UnitMemory",
     "Work",
+    "balance",
     "choose",
     "choose_codec",
     "choose_offload",
@@ -35,5 +40,6 @@ __all__ = [
     "offload_share",
     "partition",
     "partition_types",
+    "predicted",
     "transformer",
 ]

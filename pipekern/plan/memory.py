@@ -85,7 +85,7 @@ def rank_memory(program: Program, stages: Sequence[Sequence[Layer]], bytes_each:
         sum(layer.parameters for stage in schedule.stages_of(rank) for layer in stages[stage % schedule.depth])
         for rank in range(schedule.ranks)
     ]
-    held = _activations(schedule, [sum(layer.activations for layer in stage) for stage in stages])
+    held = activation_bytes(schedule, [sum(layer.activations for layer in stage) for stage in stages])
     outputs = [stage[-1].output / schedule.slices for stage in stages]
     rings = slot_bytes(program, lambda a, b: outputs[min(a, b) % schedule.depth])
     return [
@@ -100,7 +100,8 @@ def rank_memory(program: Program, stages: Sequence[Sequence[Layer]], bytes_each:
     ]
 
 
-def _activations(schedule: Schedule, kept: Sequence[float]) -> list[float]:
+def activation_bytes(schedule: Schedule, kept: Sequence[float]) -> list[float]:
+    """The most that each rank holds in the order of ``schedule``, where a micro-batch leaves ``kept[d]`` at depth d."""
     peaks = []
     for row in schedule.actions:
         held = peak = 0.0
