@@ -195,19 +195,23 @@ def _check_microbatches(microbatches: object) -> None:
         raise ConfigError(f"microbatches={microbatches!r}; a step needs a whole number of at least 1")
 
 
+def unit_costs(split: Split, units: Sequence[Unit]) -> tuple[list[float], list[float], list[float]]:
+    """What forward, backward and weight work of each unit cost, in any unit of measure: as given, else estimated."""
+    if isinstance(split, LayerCosts):
+        split.check(units)
+        return list(split.forward), list(split.backward), list(split.weight)
+    forward, weight = estimate(units), estimate_waiting(units)
+    return forward, [2 * cost - late for cost, late in zip(forward, weight, strict=True)], weight  # two products each
+
+
 def _chosen(options: Options, units: Sequence[Unit], ranks: int) -> tuple[Schedule, list[int]]:
     """The schedule and units a stage with the shortest simulated step, by the costs given or estimated."""
-    if options.split is None:
-        forward, weight = estimate(units), estimate_waiting(units)
-        backward = [2 * cost - late for cost, late in zip(forward, weight, strict=True)]  # two products of its size
-    elif isinstance(options.split, LayerCosts):
-        options.split.check(units)
-        forward, backward, weight = map(list, (options.split.forward, options.split.backward, options.split.weight))
-    else:
+    if options.split is not None and not isinstance(options.split, LayerCosts):
         raise ConfigError(
             f"split={list(options.split)} with schedule='auto', which chooses the split itself; leave split out, give "
             "costs from pk.profile, or name a schedule"
         )
+    forward, backward, weight = unit_costs(options.split, units)
     m = options.microbatches
     choice = choose(forward, backward, weight=weight, ranks=ranks, microbatches=m, chunks=options.chunks)
     return choice.schedule, list(choice.split)

@@ -7,6 +7,7 @@ comes over links between the two ranks; what stays where memory is laid out anew
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ _PARAMETER = -1
 
 class Move(NamedTuple):
     """What ``Pipeline.replan`` did: units a stage ``before`` and ``after``, the ``bytes`` sent between all ranks, and
-    the ``seconds`` that it took here.
+    the ``seconds`` that the slowest took.
     """
 
     before: tuple[int, ...]
@@ -66,7 +67,7 @@ def propose(before: Assembly, options: Options, optimizer: torch.optim.Optimizer
 
     def checked() -> tuple[None, dict[str, Any]]:
         options.check()
-        _refuse(before, optimizer)
+        refuse(before, optimizer)
         return None, {}
 
     world = None if before.rank is None else join(options.transport, options.timeout)
@@ -81,7 +82,8 @@ def propose(before: Assembly, options: Options, optimizer: torch.optim.Optimizer
         raise
 
 
-def _refuse(before: Assembly, optimizer: torch.optim.Optimizer | None) -> None:
+def refuse(before: Assembly, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise ``ConfigError`` where layers cannot move."""
     if before.division is not None:
         raise ConfigError(
             "a pipeline with tensor_parallel keeps its split and schedule: save, and load into one with others"
@@ -93,9 +95,11 @@ def _refuse(before: Assembly, optimizer: torch.optim.Optimizer | None) -> None:
         )
 
 
-def move(before: Assembly, proposal: Proposal, optimizer: torch.optim.Optimizer | None) -> tuple[Assembly, int]:
-    """The assembly that goes on where ``before`` stops, and the bytes sent between all ranks. Collective; where it
-    raises, both are of no use any more.
+def move(
+    before: Assembly, proposal: Proposal, optimizer: torch.optim.Optimizer | None, began: float
+) -> tuple[Assembly, Move]:
+    """The assembly that goes on where ``before`` stops, and what was done since ``began`` on the clock of
+    ``perf_counter``. Collective; where it raises, both are of no use any more.
     """
     options, blueprint, world = proposal
     site, names = before.site, Names.of(blueprint)
@@ -115,7 +119,9 @@ def move(before: Assembly, proposal: Proposal, optimizer: torch.optim.Optimizer 
     try:
         sent = _exchange(after, routes, items)
         _settle(after, names, items, stays, numbers, optimizer)
-        return after, sum(total for pipeline in after.star.everywhere(sent) for total in pipeline)
+        told = _chained(after.star.everywhere([(sent, time.perf_counter() - began)]))
+        old_split, split = (tuple(map(len, parts.blueprint.stages)) for parts in (before, after))
+        return after, Move(old_split, split, sum(each for each, _ in told), max(seconds for _, seconds in told))
     except BaseException as error:
         after.transport.abort(error, f"rank {after.star.number}, while layers moved")
         after.transport.close()

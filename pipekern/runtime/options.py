@@ -54,6 +54,7 @@ class Options:
     offload: float | str | None = None
     offload_folder: str | None = None
     tensor_parallel: Plan = None
+    rebalance: str | None = None
     counts: Sequence[int] | None = None  # units a stage, where ``split`` says what units cost
 
     def check(self) -> None:
@@ -66,6 +67,7 @@ class Options:
             ("codec", codecs, (*CODECS, "auto") if isinstance(self.codec, str) else CODECS),
             ("zero", [self.zero], range(4)),
             ("precision", [self.precision], (None, *PRECISIONS)),
+            ("rebalance", [self.rebalance], (None, "auto")),
         ):
             wrong = [value for value in values if value not in choices]
             if wrong:
@@ -76,6 +78,8 @@ class Options:
             raise ConfigError(
                 "fuse_loss=True with tensor_parallel: the loss takes no head in parts; leave fuse_loss out"
             )
+        if self.tensor_parallel is not None and self.rebalance:
+            raise ConfigError("rebalance='auto' with tensor_parallel, whose parts stay where they are; leave it out")
         if not self.timeout > 0:
             raise ConfigError(f"timeout={self.timeout!r}; give the seconds that a silent rank is waited for, above 0")
         if self.memory is not None and "auto" not in (self.recompute, self.offload) and self.zero < 3:

@@ -30,6 +30,7 @@ from pipekern.runtime.move import Move
 from pipekern.runtime.options import Options, Split
 from pipekern.runtime.parameters import StageParameters, load
 from pipekern.runtime.prompts import Ids, join, prepare
+from pipekern.runtime.rebalance import EVERY, Rebalancer
 from pipekern.runtime.sampling import Sampling
 from pipekern.runtime.skips import Hop
 from pipekern.runtime.start import start
@@ -88,6 +89,8 @@ class Pipeline:
       or ``"auto"`` for the ``tp_plan`` of a Hugging Face model. Their parameters are DTensors; all parts are given the
       same batches. A module between must take its width from its input, as ``view(..., -1, head_dim)`` does. Each part
       draws random numbers of its own between a module whose output is in parts and one whose output is whole.
+    * ``rebalance``: with ``"auto"`` every fifth step begins with :meth:`rebalance`: a rank that becomes slow gets fewer
+      layers, and has them back when it is as before.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for. A process that is stopped,
       but not by a debugger, gets an eighth of it, and at least one second.
 
@@ -123,15 +126,17 @@ class Pipeline:
         offload: float | str | None = None,
         offload_folder: str | None = None,
         tensor_parallel: Plan = None,
+        rebalance: str | None = None,
     ):
         self._options = Options(
             module, loss_fn, microbatches, ranks, devices, chunks, schedule, split, recompute, on_nonfinite, seed,
             transport, timeout, inputs, memory, fuse_loss, codec, mesh, precision, zero, loss_scale, offload,
-            offload_folder, tensor_parallel,
+            offload_folder, tensor_parallel, rebalance,
         )  # fmt: skip
         self.loss_scale = (loss_scale or LossScale()) if precision == "fp16" else None
         self._step = 0
         self._closed = ""
+        self._rebalancer = Rebalancer()
         self._optimizer: torch.optim.Optimizer | None = None
         self._take(start(self._options), None)
         with self._running():
@@ -154,6 +159,9 @@ class Pipeline:
 
         ``x`` is needed where the first stage is, ``y`` where the last is; elsewhere they may be None.
         """
+        if self._options.rebalance and self._step % EVERY == 0:
+            moving.refuse(self._parts, self._optimizer)
+            self.rebalance()
         with self._running():
             loss, trouble = self._training.step(self._batch(x, y, training=True), self._run)
             self._step += 1
@@ -284,17 +292,34 @@ class Pipeline:
         )
 
     def _replan(self, options: Options) -> Move:
-        began, split, before = time.perf_counter(), self.split, self._parts
+        began, before = time.perf_counter(), self._parts
         with self._running(harmless=(ConfigError, ScheduleError)):
             proposal = moving.propose(before, options, self._optimizer)
         with self._running():
-            parts, sent = moving.move(before, proposal, self._optimizer)
+            parts, done = moving.move(before, proposal, self._optimizer, began)
             self._options = options
             self._finalizer()
             self._take(parts, self._training.loss_is_pair)
         if self._optimizer is not None:
             optimizer.attach(self._optimizer, parts, self._running)
-        return Move(split, self.split, sent, time.perf_counter() - began)
+        text = "step %d: split %s in place of %s; %d bytes moved in %.3g s"
+        logging.getLogger("pipekern").info(text, self._step, done.after, done.before, done.bytes, done.seconds)
+        self._rebalancer.learn(done)
+        return done
+
+    def rebalance(self) -> Move | None:
+        """Go on with the split that is best for the speeds measured in recent steps, where it pays: by 5 % of a step
+        at least, and for the move within 200 steps. Collective, between two steps.
+
+        Returns None where nothing moves, or less than 8 steps have been seen. Else as :meth:`replan`. Costs of layers,
+        relative to each other, are those in ``split``, or estimated.
+        """
+        with self._running():
+            self._training.watch.exchange()
+        counts = self._rebalancer.better(self._parts, self._training.watch, self._options)
+        if counts is None:
+            return None
+        return self._replan(replace(self._options, schedule=self._parts.blueprint.schedule, counts=counts))
 
     # -- parameters
 

@@ -122,6 +122,11 @@ class Watch:
             text = "step %d: stage %d (rank %d) has become %.2f times slower than it was, the others have not"
             log.warning(text, step, stage, rank, factor)
 
+    def exchange(self) -> None:
+        """Tell and hear all that has not been told yet; collective."""
+        told = self._parts.star.everywhere(" " + self._rows())
+        self.hear([text for pipeline in told for text in pipeline])
+
     def stats(self) -> Stats:
         """Of recent steps; collective."""
         everywhere = self._parts.star.everywhere([" " + self._rows(), self._medians()])
