@@ -280,16 +280,16 @@ class Pipeline:
         ``ConfigError`` or ``ScheduleError`` on all ranks, where nothing has changed and training can go on.
         """
         now = self._options
-        return self._replan(
-            replace(
-                now,
-                split=now.split if split is None else split,
-                schedule=now.schedule if schedule is None else schedule,
-                microbatches=now.microbatches if microbatches is None else microbatches,
-                chunks=now.chunks if chunks is None else chunks,
-                counts=None,
-            )
+        asked = replace(
+            now,
+            split=now.split if split is None else split,
+            schedule=now.schedule if schedule is None else schedule,
+            microbatches=now.microbatches if microbatches is None else microbatches,
+            chunks=now.chunks if chunks is None else chunks,
         )
+        done = self._replan(asked)
+        self._options = asked
+        return done
 
     def _replan(self, options: Options) -> Move:
         began, before = time.perf_counter(), self._parts
@@ -297,7 +297,6 @@ class Pipeline:
             proposal = moving.propose(before, options, self._optimizer)
         with self._running():
             parts, done = moving.move(before, proposal, self._optimizer, began)
-            self._options = options
             self._finalizer()
             self._take(parts, self._training.loss_is_pair)
         if self._optimizer is not None:
