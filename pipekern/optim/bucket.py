@@ -6,7 +6,8 @@
     reduced     the sum over replicas
 
 With ``zero`` at least 1 masters and ``reduced`` are this replica's n / replicas alone; at 2 gradients are there from
-``begin`` to ``finish`` only, at 3 values from ``gather`` to ``release`` only.
+``begin`` to ``finish`` only, at 3 values from ``gather`` to ``release`` only. Of a tensor-parallel parameter all this
+is of the part that is here, in as much room as the largest part takes: every part's memory is cut alike.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from torch import Tensor, nn
 
 from pipekern.errors import ConfigError
 from pipekern.parallel.replicas import Pending, Replicas
-from pipekern.parallel.tensor import as_part, lay_into, local
+from pipekern.parallel.tensor import as_part, divided, lay_into, local, room
 
 _ALIGNED = 16  # bytes to which each parameter is aligned, as kernels read best
 
 
 class Piece(NamedTuple):
     """``parameter`` is what an optimizer here changes of the stage's parameter ``of``: its elements from ``start`` on,
-    in the order of a flat view. It has the shape of ``of`` where it is all of it, else one dimension.
+    in the order of a flat view. It has the shape of ``of`` where it is all of it, else one dimension. Of a DTensor it
+    covers what is here: as a DTensor without ``zero``, else as a plain tensor.
     """
 
     name: str
@@ -59,7 +61,7 @@ class Bucket:
         self.gradient_dtype = torch.float32 if low else getattr(first, "grad_dtype", None) or dtype
         step = _ALIGNED // dtype.itemsize
         self._shapes = [local(p.detach()).shape for p in self.parameters]
-        sizes = [-(-shape.numel() // step) * step for shape in self._shapes]
+        sizes = [-(-room(p) // step) * step for p in self.parameters]
         self._places = list(accumulate(sizes, initial=0))
         unit = step * parts
         self.count = -(-self._places[-1] // unit) * unit
@@ -90,7 +92,8 @@ class Bucket:
         if self._apart:
             for piece in self.pieces:
                 own = local(piece.of).reshape(-1)[piece.start : piece.start + piece.parameter.numel()]
-                piece.parameter.copy_(own.view(piece.parameter.shape))
+                master = local(piece.parameter)
+                master.copy_(own.view(master.shape))
         for parameter, view in zip(self.parameters, self._views(self.values), strict=True):
             view.copy_(local(parameter))
             lay_into(parameter, view)
@@ -103,11 +106,12 @@ class Bucket:
         pieces = []
         for name, parameter, whole, place in zip(self.names, self.parameters, self._shapes, self._places, strict=False):
             start, end = max(place, self._own.start), min(place + whole.numel(), self._own.stop)
-            if start >= end:
+            if self._zero and start >= end:
                 continue
             shape = whole if end - start == whole.numel() else (end - start,)
             master = self.masters[start - self._own.start : end - self._own.start].view(shape)
-            piece = nn.Parameter(master) if self._apart or shape != whole else parameter
+            apart = self._apart or shape != whole or (self._zero > 0 and divided(parameter))
+            piece = nn.Parameter(master if self._zero else as_part(parameter, master)) if apart else parameter
             pieces.append(Piece(name, parameter, start - place, piece))
         return pieces
 
@@ -159,8 +163,13 @@ class Bucket:
         else:
             self._reduced = self._gradients
             self._pending = self._replicas.sum(self._gradients)
-        self._version = self._gradients._version
+        self._version = self._writes()
         return self._pending
+
+    def _writes(self) -> int:
+        """So often gradients were written in place; into a DTensor is not into its memory, as versions count."""
+        assert self._gradients is not None
+        return self._gradients._version + sum(view._version for view in self._views_of_gradients if divided(view))
 
     def _refuse_moved(self) -> None:
         """Raise for a gradient that is not where it is summed: it would be left out in silence."""
@@ -183,7 +192,7 @@ class Bucket:
         assert self._pending is not None and self._gradients is not None, "finish before reduce"
         self._pending.wait()
         self._pending = None
-        if self._gradients._version != self._version:
+        if self._writes() != self._version:
             raise ConfigError(
                 f"a gradient of {', '.join(self.names)} was written after the last weight work, when its sum over "
                 "replicas had begun; backward hooks must not write into .grad later"
@@ -256,7 +265,8 @@ class Bucket:
                 self._part(flat, piece, 0).copy_(part)
         if self._replicas is not None and self._zero:
             self._replicas.gather(flat).wait()
-        return dict(zip(self.names, self._views(flat), strict=True))
+        views = zip(self.names, self.parameters, self._views(flat), strict=True)
+        return {name: as_part(parameter, view) for name, parameter, view in views}
 
 
 def divide(sizes: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:

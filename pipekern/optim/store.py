@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from pipekern.errors import ConfigError
 from pipekern.optim.bucket import Bucket, Piece, divide
 from pipekern.parallel.replicas import Pending, Replicas
-from pipekern.parallel.tensor import local, part_of
+from pipekern.parallel.tensor import divided, lay_into, local, part_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,7 +77,7 @@ class Store:
         self._moved = moved = {id(p) for bucket in self for p in bucket.parameters}
         for name, p in self._known.items():
             if id(p) not in moved and name in dtypes:
-                p.data = p.data.to(dtypes[name])  # frozen: nobody needs more of it
+                lay_into(p, local(p.detach()).to(dtypes[name]))  # frozen: nobody needs more of it
         self._own = {id(piece.of): piece for bucket in self for piece in bucket.pieces}
         own = {name: self._own[id(p)].parameter for name, p in self._known.items() if id(p) in self._own}
         self.parameters = {n: own.get(n, p) for n, p in self._known.items() if n in own or id(p) not in moved}
@@ -175,7 +175,8 @@ class Store:
 
     def whole(self, of: Callable[[Piece], Tensor | None], of_gradients: bool = False) -> dict[str, Tensor]:
         """What ``of`` gives for each piece, put together over the replicas: by name in the model, a tensor of the
-        parameter's shape for those of which it gives one. Every replica must give alike; collective with shards.
+        parameter's shape for those of which it gives one, in parts where that is. Every replica must give alike;
+        collective with shards.
         """
         found: dict[int, Tensor] = {}
         for bucket in self:
@@ -218,12 +219,14 @@ class Store:
         return {name: torch.empty(p.shape, dtype=dtypes[id(p)], device="meta") for name, p in known.items()}
 
     def part_of(self, name: str, value: Tensor) -> Tensor:
-        """What of ``value`` belongs to the piece of the parameter ``name``; all, if its shape is another."""
+        """What of ``value`` belongs to the piece of the parameter ``name``; all, if its shape is another, or the piece
+        a DTensor.
+        """
         parameter = self._known[name]
         piece = self._own.get(id(parameter))
-        if piece is None or value.shape != parameter.shape:
+        if piece is None or value.shape != parameter.shape or divided(piece.parameter):
             return value
-        part = value.reshape(-1)[piece.start : piece.start + piece.parameter.numel()]
+        part = part_of(parameter, value).reshape(-1)[piece.start : piece.start + piece.parameter.numel()]
         return part.view(piece.parameter.shape)
 
     def has(self, name: str) -> bool:
@@ -236,3 +239,4 @@ class Store:
         piece = self._own.get(id(self._known[name]))
         if piece is not None:
             local(piece.parameter).copy_(part_of(piece.parameter, self.part_of(name, value)))
+            torch.autograd.graph.increment_version(piece.parameter)  # of a DTensor, whose memory counts for itself

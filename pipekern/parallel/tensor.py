@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from pipekern.parallel.replicas import Replicas
 
@@ -57,12 +59,29 @@ def as_part(like: Tensor, values: Tensor) -> Tensor:
     )
 
 
+def room(tensor: Tensor) -> int:
+    """The most numbers that any part has of ``tensor``: torch gives the first ones the larger parts."""
+    shape = list(tensor.shape)
+    if isinstance(tensor, DTensor):
+        for placement, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True):
+            if isinstance(placement, Shard):
+                shape[placement.dim] = -(-shape[placement.dim] // size)
+    return math.prod(shape)
+
+
 def lay_into(parameter: nn.Parameter, values: Tensor) -> None:
-    """Let ``values`` be the memory of what this process has of ``parameter``."""
+    """Let ``values``, of any dtype, be the memory of what this process has of ``parameter``."""
     if isinstance(parameter, DTensor):
-        parameter._local_tensor = values  # the wrapper has no memory; .data would change that alone
+        alike: Any = as_part(parameter, values.new_empty(()).expand(values.shape))  # of a view, no deep copy is made
+        parameter.data = alike  # the wrapper's dtype alone: it has no memory
+        parameter._local_tensor, parameter._spec = values, alike._spec
     else:
         parameter.data = values
+
+
+def divided(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which there is a part here or a copy."""
+    return isinstance(tensor, DTensor)
 
 
 def in_shards(tensor: Tensor) -> bool:

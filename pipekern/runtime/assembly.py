@@ -216,7 +216,7 @@ class Assembly:
             if self.rank != min(tie.names) and name in self.parameters:  # a small one is in another replica's shard
                 del first[id(self.parameters[name])]
         own = {name: self.parameters[name] for name in first.values()}
-        return {name: p for name, p in own.items() if self.division is None or self.division.counts(p)}
+        return {name: p for name, p in own.items() if self.division is None or self.division.counts(name)}
 
     def modules(self) -> list[nn.Module]:
         """The modules of this process's stages, and the root."""

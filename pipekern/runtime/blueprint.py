@@ -133,6 +133,7 @@ def draw(
     starts = [sum(counts[:stage]) for stage in range(len(counts))]
     stages = [units[start : start + count] for start, count in zip(starts, counts, strict=True)]
     refuse_shared_state(stages)
+    styles = _styles(options, units, sizes)
     skips = hops(stages, order, options.split if isinstance(options.split, LayerCosts) else None)
     direct = sent_directly(skips)
     place: dict[int, int] = {}
@@ -145,7 +146,7 @@ def draw(
     if dtypes or replicas > 1:
         layouts = layouts_of(order, stages, dtypes, bucket, together)
     if options.zero == 3 and options.memory is not None:
-        refuse_unheld(options, order, stages, dtypes, replicas)
+        refuse_unheld(options, order, stages, dtypes, sizes, styles)
     buckets = {stage: len(layout) for stage, layout in layouts.items()} if replicas > 1 else {}
     program = order.program(direct, Collectives(buckets if options.zero else {}, buckets))
     recompute = recomputation(options, stages, skips, program)
@@ -167,7 +168,7 @@ def draw(
         dtypes,
         precision,
         offload,
-        _styles(options, units, sizes),
+        styles,
         {name: p.dtype for name, p in named},
     )
 
@@ -181,12 +182,6 @@ def _styles(options: Options, units: Sequence[Unit], sizes: Place) -> Styles:
                 "module, or 'auto' for the plan of a Hugging Face model"
             )
         return {}
-    for name in ("zero", "precision") if sizes.tp > 1 else ():
-        if getattr(options, name):
-            raise ConfigError(
-                f"{name}={getattr(options, name)!r} with tp={sizes.tp}: masters and shards of parameters in parts are "
-                "not there yet; leave it out, or use tp=1"
-            )
     return choose_styles(options.tensor_parallel, options.module, dict(named_modules(units)), sizes.tp)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from pipekern.errors import ConfigError
 from pipekern.optim.store import Dtypes, Layout, lay_out
+from pipekern.parallel.mesh import Place
+from pipekern.parallel.plan import Styles
 from pipekern.plan.memory import FLOAT32, MIXED, size
 from pipekern.runtime.options import Options
 from pipekern.runtime.recomputation import limits
@@ -15,17 +17,20 @@ from pipekern.stage.unit import Unit
 
 
 def refuse_unheld(
-    options: Options, order: Schedule, stages: Sequence[Sequence[Unit]], dtypes: Dtypes, replicas: int
+    options: Options, order: Schedule, stages: Sequence[Sequence[Unit]], dtypes: Dtypes, sizes: Place, styles: Styles
 ) -> None:
-    """Raise ``ConfigError`` for a rank whose weights, whole while a step runs, and gradients do not fit into memory."""
+    """Raise ``ConfigError`` for a rank whose weights, whole while a step runs, and gradients do not fit into memory.
+    Of modules in ``styles`` it has one part.
+    """
     for rank, room in enumerate(limits(options, order.ranks, "zero=3")):
         units = [unit for stage in order.stages_of(rank) for unit in stages[stage]]
         own = {id(p): (name, p) for unit in units for name, p in unit.named_parameters()}
         need = 0.0
         for name, p in own.values():
             kind = MIXED if name in dtypes else FLOAT32
-            each = kind.over(replicas, 3)
-            need += p.numel() * (each.weights + p.requires_grad * (each.gradients + each.optimizer))
+            each = kind.over(sizes.dp, 3)
+            parts = sizes.tp if name.rpartition(".")[0] in styles else 1
+            need += p.numel() / parts * (each.weights + p.requires_grad * (each.gradients + each.optimizer))
         if need > room:
             raise ConfigError(
                 f"zero=3: the schedule {order.name!r} has all stages of rank {rank} under way at once, whose weights "

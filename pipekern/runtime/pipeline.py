@@ -86,9 +86,10 @@ class Pipeline:
       is more than ``memory``, by the bytes in ``split``. On a CPU ``offload_folder`` is where, in unnamed files.
     * ``tensor_parallel``: where ``mesh`` has "tp", which modules are in parts, and how: styles of
       ``torch.distributed.tensor.parallel`` by patterns of module names, such as ``{"blocks.*.up": ColwiseParallel()}``,
-      or ``"auto"`` for the ``tp_plan`` of a Hugging Face model. Their parameters are DTensors; all parts are given the
-      same batches. A module between must take its width from its input, as ``view(..., -1, head_dim)`` does. Each part
-      draws random numbers of its own between a module whose output is in parts and one whose output is whole.
+      or ``"auto"`` for the ``tp_plan`` of a Hugging Face model. Their parameters are DTensors, or with ``zero`` shards
+      of a part; all parts are given the same batches. A module between must take its width from its input, as
+      ``view(..., -1, head_dim)`` does. Each part draws random numbers of its own between a module whose output is in
+      parts and one whose output is whole.
     * ``rebalance``: with ``"auto"`` every fifth step begins with :meth:`rebalance`: a rank that becomes slow gets fewer
       layers, and has them back when it is as before.
     * ``timeout``: seconds that a silent peer, or all ranks waiting at once, are waited for. A process that is stopped,

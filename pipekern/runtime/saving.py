@@ -64,7 +64,8 @@ def moments(parts: Assembly, names: Names, optimizer: OptimizerState) -> list[tu
     found = list({(name, key): (name, key, value) for _, others in rows for name, key, value in others}.values())
     for key in sorted({key for keys, _ in rows for key in keys}):
         laid = store.whole(lambda piece, key=key: optimizer.of(piece.parameter, key))  # type: ignore[misc]
-        found += [(name, key, value) for name, value in {names.first[name]: v for name, v in laid.items()}.items()]
+        first = {names.first[name]: value for name, value in laid.items()}
+        found += [(name, key, whole(value)) for name, value in first.items()]
     return found
 
 

@@ -128,7 +128,7 @@ def _unsplit(pipe: Pipeline, state: dict[str, Any]) -> nn.Module:
     model.zero_grad()
     low = {} if pipe._parts.store is None else pipe._parts.store.low
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in low and parameter.dtype is not low[name]:
+        if name in low:
             parameter.data = parameter.data.to(low[name])
             parameter.grad_dtype = torch.float32
     return model

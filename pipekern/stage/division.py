@@ -93,9 +93,9 @@ class Division:
         """How each parameter lies on the parts, by its name in the model."""
         return {name: str(p.placements) if isinstance(p, DTensor) else "whole" for name, p in self._named.items()}
 
-    def counts(self, parameter: Tensor) -> bool:
-        """Whether a sum over the model counts what this part has of ``parameter``; what is whole, the first does."""
-        return self.parts.index == 0 or in_shards(parameter)
+    def counts(self, name: str) -> bool:
+        """Whether a sum over the model counts what this part has of a parameter; what is whole, the first does."""
+        return self.parts.index == 0 or in_shards(self._named[name])
 
     def finish(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """At the end of a step: make each ``.grad`` of it, so far a sum over micro-batches, one over the parts where it
@@ -103,32 +103,41 @@ class Division:
         """
         own = {id(p): (name, p) for name, p in parameters.items() if p.grad is not None}
         partial: dict[torch.dtype, list[Tensor]] = {}
-        for key, (name, p) in own.items():
+        alike = True
+        for name, p in own.values():
             assert p.grad is not None
-            if isinstance(p.grad, DTensor):
-                if isinstance(p, DTensor) and p.grad.placements != p.placements:
+            whole = self._named[name]
+            if isinstance(p, DTensor) and isinstance(p.grad, DTensor):
+                if p.grad.placements != p.placements:
                     p.grad = p.grad.redistribute(placements=p.placements)
-            elif key in self._partial:
+            elif isinstance(whole, DTensor):
+                continue  # a shard between replicas, which was a sum when they began to sum it
+            elif id(whole) in self._partial:
                 partial.setdefault(p.grad.dtype, []).append(p.grad)
             elif not self._compared and p.grad.layout is torch.strided:
-                self._compare(name, p.grad)
+                alike = self._alike(name, p.grad) and alike
         for grads in partial.values():
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             self.parts.sum(flat).wait()
             for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(total.view_as(grad))
-        self._compared = True
+        self._compared |= alike
 
-    def _compare(self, name: str, grad: Tensor) -> None:
-        """Refuse a gradient that other parts have otherwise; 1 %: atomic sums on a GPU round from run to run."""
+    def _alike(self, name: str, grad: Tensor) -> bool:
+        """Refuse a gradient that other parts have otherwise; 1 %: atomic sums on a GPU round from run to run. False
+        where it is not finite: nothing is known.
+        """
         rows = grad.new_empty(self.parts.size, grad.numel())
         rows[self.parts.index] = grad.reshape(-1)
         self.parts.gather(rows.view(-1)).wait()
-        if bool(rows.isfinite().all()) and bool(((rows - rows[0]).norm(dim=1) > 0.01 * rows[0].norm()).any()):
+        if not bool(rows.isfinite().all()):
+            return False
+        if bool(((rows - rows[0]).norm(dim=1) > 0.01 * rows[0].norm()).any()):
             raise ConfigError(
                 f"the gradient of {name} differs between the tensor-parallel parts: it is whole, and used on what "
                 "is in parts by code that is no module of its own; move that into a module, or put it into the plan"
             )
+        return True
 
 
 def _holders(modules: Iterable[tuple[str, nn.Module]]) -> Holders:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from pipekern.parallel.tensor import Parts, as_part, in_shards, lay_into, local, part_of, whole
+from pipekern.parallel.tensor import Parts, as_part, divided, in_shards, lay_into, local, part_of, room, whole
 from tests.launch import launch, values
 
 
@@ -21,7 +21,8 @@ def _golden() -> None:
     assert torch.equal(local(rows), own)
     assert torch.equal(whole(rows), full)
     assert torch.equal(part_of(rows, full + 1), own + 1)
-    assert in_shards(rows)
+    assert in_shards(rows) and divided(rows)
+    assert room(rows) == 4  # two rows, also where one is
     assert not in_shards(distribute_tensor(full, parts.mesh, [Replicate()], src_data_rank=None))
     parameter = nn.Parameter(rows)
     memory = torch.zeros(10)
@@ -31,6 +32,8 @@ def _golden() -> None:
     torch.optim.SGD([parameter], lr=1.0).step()
     assert torch.equal(view, -own)
     assert torch.equal(whole(parameter), -full)
+    lay_into(parameter, view.half())
+    assert parameter.dtype is whole(parameter).dtype is torch.float16
     dist.destroy_process_group()
 
 
@@ -42,4 +45,5 @@ def test_a_plain_tensor_is_all_there() -> None:
     plain = torch.ones(2)
     assert local(plain) is whole(plain) is plain
     assert part_of(plain, plain) is as_part(plain, plain) is plain
-    assert not in_shards(plain)
+    assert not in_shards(plain) and not divided(plain)
+    assert room(plain) == 2

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     RowwiseParallel,
+    SequenceParallel,
 )
 from torch.nn import functional as F
 
@@ -132,6 +133,18 @@ _ENDS: dict[str, ParallelStyle] = {
 }
 
 
+_SEQUENCE: dict[str, ParallelStyle] = {
+    "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+    "blocks.*.norm": SequenceParallel(),
+    "blocks.*.[qkv]": ColwiseParallel(input_layouts=Shard(1)),
+    "blocks.*.up": ColwiseParallel(input_layouts=Shard(1)),
+    "blocks.*.out": RowwiseParallel(output_layouts=Shard(1)),
+    "blocks.*.down": RowwiseParallel(output_layouts=Shard(1)),
+    "norm": SequenceParallel(),
+    "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+}
+
+
 class Kind(NamedTuple):
     """A model, its plan, its loss and its batches."""
 
@@ -145,6 +158,7 @@ KINDS = {
     "perceptrons": Kind(perceptrons, {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}, F.mse_loss, vectors),
     "attention": Kind(Text, _ATTENTION | _MLP, token_loss, words),
     "ends": Kind(Text, _ATTENTION | _MLP | _ENDS, token_loss, words),
+    "sequence": Kind(Text, _SEQUENCE, token_loss, words),
     "tied": Kind(tied_text, _ATTENTION | _ENDS, token_loss, words),
     "llama": Kind(llama, "auto", logits_loss, words),
     "tied llama": Kind(tied_llama, "auto", logits_loss, words),

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.nn import functional as F
 
 import pipekern as pk
+from pipekern.parallel.tensor import local
 from tests.launch import launch, values
 from tests.runtime import breaking
 from tests.runtime.parity import same_bits
@@ -22,7 +25,7 @@ INITIAL = 256.0
 
 
 class Place(NamedTuple):
-    """Pipeline ranks, replicas, zero, and what the optimizer is."""
+    """Pipeline ranks, replicas, zero, what the optimizer is, and tensor-parallel parts."""
 
     pp: int
     dp: int = 1
@@ -30,6 +33,7 @@ class Place(NamedTuple):
     optimizer: str = "torch"
     schedule: str = "1f1b"
     recompute: str = "none"
+    tp: int = 1
 
 
 def _batch(case: breaking.Case | None) -> tuple[Tensor, Tensor]:
@@ -43,7 +47,8 @@ def _pipe(place: Place, seed: int, **options: Any) -> pk.Pipeline:
     return pk.Pipeline(
         net, loss_fn=breaking.loss_fn, microbatches=MICROBATCHES, ranks=place.pp, precision="fp16", timeout=20.0,
         zero=place.zero, schedule=place.schedule, recompute=place.recompute,
-        mesh={"dp": place.dp, "pp": place.pp} if place.dp > 1 else None,
+        mesh={"dp": place.dp, "pp": place.pp, "tp": place.tp} if place.dp * place.tp > 1 else None,
+        tensor_parallel={"*.inner": ColwiseParallel(output_layouts=Replicate())} if place.tp > 1 else None,
         loss_scale=options.pop("loss_scale", None) or pk.optim.LossScale(initial=INITIAL), **options,
     )  # fmt: skip
 
@@ -55,13 +60,13 @@ def _optimizer(pipe: pk.Pipeline, place: Place) -> torch.optim.Optimizer:
 def _everything(pipe: pk.Pipeline, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Copies of parameters and of what the optimizer keeps for each."""
     named = dict(pipe.named_parameters())
-    kept = {name: {k: torch.as_tensor(v).clone() for k, v in optimizer.state[p].items()} for name, p in named.items()}
-    return {"parameters": {name: p.detach().clone() for name, p in named.items()}, "optimizer": kept}
+    kept = {n: {k: local(torch.as_tensor(v)).clone() for k, v in optimizer.state[p].items()} for n, p in named.items()}
+    return {"parameters": {name: local(p.detach()).clone() for name, p in named.items()}, "optimizer": kept}
 
 
 def _overflow_everywhere(_: int, place: Place, seed: int) -> None:
     """After a good step one that overflows at each layer and micro-batch in turn, in one of the replicas."""
-    replica = int(os.environ.get("RANK", "0")) // place.pp
+    replica = int(os.environ.get("RANK", "0")) // (place.pp * place.tp)
     with _pipe(place, seed) as pipe:
         assert pipe.loss_scale is not None
         optimizer = _optimizer(pipe, place)
@@ -102,10 +107,20 @@ def test_other_ways_to_run(place: Place, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", [Place(2), Place(3, optimizer="pk"), Place(1, 2, 2), Place(2, 2, 0, "pk"), Place(2, 2, 3)], ids=str
+    "place",
+    [
+        Place(2),
+        Place(3, optimizer="pk"),
+        Place(1, 2, 2),
+        Place(2, 2, 0, "pk"),
+        Place(2, 2, 3),
+        Place(2, tp=2, optimizer="pk"),
+        Place(1, 2, 2, tp=2),
+    ],
+    ids=str,
 )
 def test_among_processes(place: Place, seed: int) -> None:
-    values(launch(_overflow_everywhere, place.pp * place.dp, 0, place, seed, timeout=60.0))
+    values(launch(_overflow_everywhere, place.pp * place.dp * place.tp, 0, place, seed, timeout=60.0))
 
 
 def _gradients_after(skipped: int, pp: int, seed: int) -> tuple[dict[str, Any], int]:
