@@ -12,9 +12,9 @@ from pipekern.errors import ConfigError
 from pipekern.kernels.language import FLOATS
 from pipekern.kernels.linear_cross_entropy import linear_cross_entropy
 from pipekern.nn.cross_entropy import CrossEntropyLoss
+from pipekern.stage.gradient import gradient_dtype, is_free
 from pipekern.stage.head import Head, find_head
 from pipekern.stage.unit import Unit
-from pipekern.stage.waiting import gradient_dtype, is_free
 
 LOSSES = (nn.CrossEntropyLoss, CrossEntropyLoss)
 

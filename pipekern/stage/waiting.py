@@ -15,87 +15,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor
 
 from pipekern.kernels.linear_backward import linear_backward_weight
+from pipekern.parallel.tensor import as_part, local, settled
+from pipekern.stage.gradient import (
+    add,
+    adds_to_grad,
+    cast,
+    go_together,
+    in_place,
+    may_wait,
+    note_written,
+    sum_dtype,
+    with_graph,
+)
+from pipekern.stage.parts import bias_here, in_parts
 from pipekern.stage.work import Put, Work
 
 Function = Callable[..., Tensor]
-
-
-def _may_wait(weight: Any, bias: Tensor | None, value: Tensor) -> bool:
-    """Whether the weight gradient may be made later, by hand, with nobody noticing."""
-    return (
-        torch.is_grad_enabled()
-        and is_free(weight)
-        and (bias is None or is_free(bias))
-        and type(value) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
-
-
-def is_free(weight: Any) -> bool:
-    """A plain, real, trainable parameter (no view, no parametrisation) that no hook watches."""
-    return (
-        type(weight) is nn.Parameter
-        and weight.requires_grad
-        and weight.is_floating_point()
-        and not weight._backward_hooks
-        and not weight._post_accumulate_grad_hooks
-    )
-
-
-def gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """Of the parameter's ``.grad``: its own, or the wider one that its ``grad_dtype`` asks for (torch 2.13)."""
-    return getattr(parameter, "grad_dtype", None) or parameter.dtype
-
-
-def _sum_dtype(*parameters: Tensor | None) -> torch.dtype | None:
-    """float32 where one of these, of 16 bits, has a gradient in float32: what is added to it is not rounded before."""
-    wide = [p for p in parameters if p is not None and p.dtype.itemsize < 4 and gradient_dtype(p) is torch.float32]
-    return torch.float32 if wide else None
-
-
-def _go_together(value: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a product takes them: of one dtype, or of any that autocast makes one."""
-    dtype = weight.dtype
-    if value.dtype is dtype and (bias is None or bias.dtype is dtype):
-        return True
-    dtypes = value.dtype, dtype, dtype if bias is None else bias.dtype
-    return torch.is_autocast_enabled(value.device.type) and value.is_floating_point() and torch.float64 not in dtypes
-
-
-def _adds(ctx: Any) -> bool:
-    """Whether this backward adds to the ``.grad`` of parameters, as that of a step does; ``torch.autograd.grad`` does
-    not.
-    """
-    try:
-        return all(torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[1:])
-    except RuntimeError:  # a parameter that torch.autograd.grad was asked for
-        return False
-
-
-def _used(ctx: Any, used: Tensor) -> Tensor:
-    """The weight as the forward used it, with a graph where this backward is to be differentiated again."""
-    return ctx.parameters[0].to(used.dtype) if torch.is_grad_enabled() else used
-
-
-def _cast(value: Tensor) -> Tensor:
-    """``value`` as autocast would hand it to a product."""
-    if torch.is_autocast_enabled(value.device.type) and value.dtype is not torch.float64:
-        return value.to(torch.get_autocast_dtype(value.device.type))
-    return value
-
-
-def _add(parameter: Tensor, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = gradient.to(gradient_dtype(parameter))
-    elif parameter.grad.layout is torch.strided:
-        parameter.grad += gradient
-    else:
-        parameter.grad = gradient + parameter.grad
 
 
 # Linear
@@ -106,31 +44,37 @@ def _linear_module(module: nn.Linear, put: Put, input: Tensor) -> Tensor:
 
 
 def _linear(put: Put, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not _may_wait(weight, bias, input) or not _go_together(input, weight, bias):
+    kind = DTensor if isinstance(input, DTensor) else nn.Parameter
+    if not may_wait(weight, bias, local(input), kind) or not go_together(input, weight, bias):
         return F.linear(input, weight, bias)
-    return _Linear.apply(_cast(input), weight, bias, put)
+    if not isinstance(input, DTensor):
+        return _Linear.apply(cast(input), weight, bias, put)
+    output = in_parts(input, weight, bias, lambda value: _Linear.apply(cast(value), weight, bias, put))
+    return F.linear(input, weight, bias) if output is None else output
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, weight: Tensor, bias: Tensor | None, put: Put) -> Tensor:
-        used = weight.to(value.dtype)
+        value, used, added = settled(value), local(weight).to(value.dtype), bias_here(weight, bias)
         ctx.save_for_backward(value, used)
         ctx.parameters, ctx.put = (weight, bias), put
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowADInplaceOrView():  # as a view, it could not be written in place
-            return F.linear(value, used, None if bias is None else bias.to(value.dtype))
+            return F.linear(value, used, None if added is None else added.to(value.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:
             return None, None, None, None
+        gradient = settled(gradient)
         value, used = ctx.saved_tensors
         weight, bias = ctx.parameters
-        back = gradient.matmul(_used(ctx, used)) if ctx.needs_input_grad[0] else None
-        if not _adds(ctx):
+        back = gradient.matmul(with_graph(ctx, used)) if ctx.needs_input_grad[0] else None
+        if not adds_to_grad(ctx):
             rows = _matrix(gradient)
-            return back, rows.t().mm(_matrix(value)), None if bias is None else rows.sum(0), None
+            own = as_part(weight, rows.t().mm(_matrix(value)))
+            return back, own, None if bias is None else as_part(bias, rows.sum(0)), None
         ctx.put(Work(functools.partial(_linear_weight, weight, bias), value, gradient))
         return back, None, None, None
 
@@ -142,16 +86,17 @@ def _matrix(value: Tensor) -> Tensor:
 @torch.no_grad()
 def _linear_weight(weight: Tensor, bias: Tensor | None, value: Tensor, gradient: Tensor) -> None:
     rows, columns = _matrix(gradient), _matrix(value)
-    if _sum_dtype(weight) and (weight.grad is None or weight.grad.layout is torch.strided):
+    if sum_dtype(weight) and in_place(weight):
         beta = 0.0 if weight.grad is None else 1.0
         if weight.grad is None:
             weight.grad = torch.empty_like(weight, dtype=torch.float32)
-        linear_backward_weight(rows, columns, weight.grad, beta)
+        linear_backward_weight(rows, columns, local(weight.grad), beta)
+        note_written(weight)
     else:
         # Not addmm_: it rounds otherwise than autograd, 2.9 times as far for narrow layers, to save 2 % of W at 256.
-        _add(weight, rows.t().mm(columns))
+        add(weight, rows.t().mm(columns))
     if bias is not None:
-        _add(bias, rows.sum(0, dtype=_sum_dtype(bias)))
+        add(bias, rows.sum(0, dtype=sum_dtype(bias)))
 
 
 # Convolutions
@@ -176,11 +121,11 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    waits = _may_wait(weight, bias, input) and _go_together(input, weight, bias)
+    waits = may_wait(weight, bias, input) and go_together(input, weight, bias)
     if not waits or isinstance(padding, str) or input.dim() != dims + 2:
         return plain(input, weight, bias, stride, padding, dilation, groups)
     sizes = [[option] * dims if isinstance(option, int) else list(option) for option in (stride, padding, dilation)]
-    return _Convolution.apply(_cast(input), weight, bias, put, plain, (*sizes, groups))
+    return _Convolution.apply(cast(input), weight, bias, put, plain, (*sizes, groups))
 
 
 class _Convolution(torch.autograd.Function):
@@ -200,9 +145,9 @@ class _Convolution(torch.autograd.Function):
             return None, None, None, None, None, None
         value, used = ctx.saved_tensors
         weight, bias = ctx.parameters
-        adds = _adds(ctx)
+        adds = adds_to_grad(ctx)
         mask = ctx.needs_input_grad[0], not adds, not adds and bias is not None
-        wanted = _convolution_backward(gradient, value, _used(ctx, used), ctx.options, mask)
+        wanted = _convolution_backward(gradient, value, with_graph(ctx, used), ctx.options, mask)
         if adds:
             ctx.put(Work(functools.partial(_convolution_weight, weight, bias, used, ctx.options), value, gradient))
         return *wanted, None, None, None
@@ -221,12 +166,12 @@ def _convolution_backward(
 def _convolution_weight(
     weight: Tensor, bias: Tensor | None, used: Tensor, options: Any, value: Tensor, gradient: Tensor
 ) -> None:
-    gradient, value, used = (tensor.to(dtype=_sum_dtype(weight, bias)) for tensor in (gradient, value, used))
+    gradient, value, used = (tensor.to(dtype=sum_dtype(weight, bias)) for tensor in (gradient, value, used))
     _, own, of_bias = _convolution_backward(gradient, value, used, options, (False, True, bias is not None))
     assert own is not None
-    _add(weight, own)
+    add(weight, own)
     if bias is not None and of_bias is not None:
-        _add(bias, of_bias)
+        add(bias, of_bias)
 
 
 # Embedding
@@ -247,7 +192,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    if max_norm is not None or sparse or not _may_wait(weight, None, input):
+    if max_norm is not None or sparse or not may_wait(weight, None, input):
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     ignored = -1 if padding_idx is None else padding_idx % len(weight)
     return _Embedding.apply(input, weight, put, (len(weight), ignored, scale_grad_by_freq))
@@ -266,7 +211,7 @@ class _Embedding(torch.autograd.Function):
         if gradient is None:
             return None, None, None, None
         (indices,) = ctx.saved_tensors
-        if not _adds(ctx):
+        if not adds_to_grad(ctx):
             return None, torch.ops.aten.embedding_dense_backward(gradient, indices, *ctx.options), None, None
         ctx.put(Work(functools.partial(_embedding_weight, ctx.weight, ctx.options), indices, gradient))
         return None, None, None, None
@@ -274,8 +219,8 @@ class _Embedding(torch.autograd.Function):
 
 @torch.no_grad()
 def _embedding_weight(weight: Tensor, options: Any, indices: Tensor, gradient: Tensor) -> None:
-    wide = gradient.to(dtype=_sum_dtype(weight))
-    _add(weight, torch.ops.aten.embedding_dense_backward(wide, indices, *options))
+    wide = gradient.to(dtype=sum_dtype(weight))
+    add(weight, torch.ops.aten.embedding_dense_backward(wide, indices, *options))
 
 
 _CONVOLUTIONS = {
