@@ -48,7 +48,7 @@ def gradients(pipe: pk.Pipeline) -> dict[str, Any]:
     store, named = pipe._parts.store, dict(pipe.named_parameters())
     found: dict[str, Tensor | None] = {name: p.grad for name, p in named.items()}
     if store is not None and pipe._parts.zero:
-        found = {**store.whole(lambda piece: piece.parameter.grad)}
+        found = {**store.whole(lambda piece: piece.parameter.grad, of_gradients=True)}
     return {name: None if value is None else whole(value).clone() for name, value in found.items()}
 
 
