@@ -150,6 +150,51 @@ class DeviceReceiver:
     def owns(self, pointer: int) -> bool: ...
     def close(self) -> None: ...
 
+class StagedSender:
+    """The sending end of a link from a CUDA device to a rank on the CPU."""
+
+    def __init__(self, job: Job, number: int, name: str, target: int, slots: int, context: Context) -> None: ...
+    def free(self, tag: int) -> bool: ...
+    def send_tensor(
+        self, tag: int, tensor: Tensor, requires_grad: bool, digest: int, stream: int, given: bool
+    ) -> bool | None:
+        """As ``DeviceSender.send_tensor``."""
+
+    def send_bundle(
+        self,
+        tag: int,
+        descriptor: bytes,
+        tensors: Sequence[tuple[int, int, bool]],
+        digest: int,
+        stream: int,
+        given: bool,
+    ) -> bool:
+        """``tensors``: pointer and size in bytes of each, and whether it is on the device."""
+
+    def reap(self) -> int:
+        """How many of the messages with tensors of the device have been read, in the order they were sent."""
+
+    def close(self) -> None: ...
+
+class StagedBundle:
+    """A bundle in memory of the device."""
+
+    def view(self, offset: int, dtype: int, shape: Sequence[int]) -> Tensor: ...
+
+class StagedReceiver:
+    """The receiving end of a link from a rank on the CPU to a CUDA device; ``device`` as for ``DeviceReceiver``."""
+
+    def __init__(
+        self, job: Job, number: int, name: str, source: int, slots: int, context: Context, device: tuple[int, int]
+    ) -> None: ...
+    def ready(self) -> bool: ...
+    def recv(self, tag: int, wait: float, stream: int) -> Message | tuple[StagedBundle, bytes, int] | None:
+        """As ``Receiver.recv``; the tensors may be used in ``stream``."""
+
+    def held(self) -> list[tuple[int, ...] | bytes]: ...
+    def owns(self, pointer: int) -> bool: ...
+    def close(self) -> None: ...
+
 def cuda_obstacle() -> str:
     """Why this process cannot use CUDA; empty where it can."""
 

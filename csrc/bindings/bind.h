@@ -7,6 +7,7 @@ namespace pipekern {
 
 void bind_transport(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
+void bind_staged(pybind11::module_& m);
 void bind_schedule(pybind11::module_& m);
 void bind_search(pybind11::module_& m);
 void bind_plan(pybind11::module_& m);

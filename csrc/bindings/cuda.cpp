@@ -69,12 +69,6 @@ bool send_bundle(DeviceSender& sender, std::uint64_t tag, const std::string& des
     return sender.send(bundle_label(tag, descriptor, digest), std::move(pieces), tensors, stream_of(stream), given);
 }
 
-bool await(DeviceReceiver& receiver, std::uint64_t tag, double wait) {
-    if (receiver.ready() || receiver.spin()) return true;
-    const py::gil_scoped_release release;
-    return receiver.wait(tag, wait < 0 ? -1 : to_ns(wait));
-}
-
 py::object tensor_of(const TorchReceiver& receiver, Delivery delivery) {
     const Header& header = delivery.arrival->header();
     if (!(header.flags & kDevice)) return TorchTensors::get().over(view_of(std::move(delivery.arrival)));

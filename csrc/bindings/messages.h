@@ -21,6 +21,14 @@ std::optional<Label> label_of(const PlainTensor& tensor, std::uint64_t tag, bool
 
 Label bundle_label(std::uint64_t tag, const std::string& descriptor, std::uint64_t digest);
 
+// Whether the next message is there, at the latest after `wait` seconds (negative: no limit).
+template <class End>
+bool await(End& receiver, std::uint64_t tag, double wait) {
+    if (receiver.ready() || receiver.spin()) return true;
+    const pybind11::gil_scoped_release release;
+    return receiver.wait(tag, wait < 0 ? -1 : to_ns(wait));
+}
+
 pybind11::bytes descriptor_of(const Arrival& arrival);
 
 // base.py's Message, made as its own constructor does.

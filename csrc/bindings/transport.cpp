@@ -77,11 +77,7 @@ bool send_bytes(Sender& sender, std::uint64_t tag, const py::buffer& data) {
 }
 
 std::shared_ptr<Arrival> receive(Receiver& receiver, std::uint64_t tag, double wait) {
-    if (!receiver.ready() && !receiver.spin()) {
-        const py::gil_scoped_release release;
-        if (!receiver.wait(tag, wait < 0 ? -1 : to_ns(wait))) return nullptr;
-    }
-    return receiver.take(tag);
+    return await(receiver, tag, wait) ? receiver.take(tag) : nullptr;
 }
 
 // None, or a Message of a tensor, or for a bundle the tuple (arrival, descriptor, digest).

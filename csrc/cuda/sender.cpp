@@ -44,8 +44,7 @@ DeviceSender::DeviceSender(std::shared_ptr<Job> job, std::shared_ptr<Steward> st
       kernels_(context_),
       used_(link.slots) {
     const Current current(*context_);
-    copy_ = std::make_unique<Stream>();
-    ready_ = std::make_unique<Event>();
+    copies_ = std::make_unique<Copies>();
     steward_->add(*this);
 }
 
@@ -65,7 +64,10 @@ bool DeviceSender::send(Label label, std::vector<Piece> pieces, const std::vecto
     if (tensors.empty()) return host_.send(label, pieces.data(), pieces.size());
     label.flags |= kDevice;
     provide(parcel, label.tag);
-    return host_.send(label, pieces.data(), pieces.size(), [&] { enqueue(parcel, tensors, producer, given); });
+    return host_.send(label, pieces.data(), pieces.size(), [&](std::byte*) {
+        enqueue(parcel, tensors, producer, given);
+        return true;
+    });
 }
 
 bool DeviceSender::fits(const Parcel& parcel) const {
@@ -135,40 +137,27 @@ void DeviceSender::enqueue(const Parcel& parcel, const std::vector<DeviceTensor>
     const Current current(*context_);
     const std::uint64_t seq = host_.next(), place = (seq - 1) % used_.size();
     Board::Lane& lane = board_->lane(seq);
-    Event read;
-    if (!spare_.empty()) {
-        read = std::move(spare_.back());
-        spare_.pop_back();
-    }
 
     // 1. After the producer, and once the slot's last message has been used.
-    ready_->record(producer);
-    copy_->wait(*ready_);
-    if (used_[place]) flags_.wait(copy_->handle(), lane.credit, used_[place]);
+    copies_->begin(producer);
+    if (used_[place]) flags_.wait(copies_->handle(), lane.credit, used_[place]);
 
     // 2. One pass over each tensor.
     const Pointer slot = slots_.base + place * slots_.slot_bytes;
     for (std::size_t i = 0; i < tensors.size(); ++i)
-        if (parcel.parts[i].bytes) kernels_.put(parcel.parts[i], slot, tensors[i].data, copy_->handle());
+        if (parcel.parts[i].bytes) kernels_.put(parcel.parts[i], slot, tensors[i].data, copies_->handle());
 
     // 3. The message is whole.
     lane.generation = generation_;
-    flags_.write(copy_->handle(), lane.data, seq, &host_.receiver_sleeping());
-    read.record(copy_->handle());
-    if (!given) demand(Driver::get().stream_wait_event(producer, read.handle(), 0), "waiting for an event");
-    in_flight_.push_back(std::move(read));
+    flags_.write(copies_->handle(), lane.data, seq, &host_.ring().sleeping());
+    copies_->end(producer, given);
     used_[place] = seq;
 }
 
 std::uint64_t DeviceSender::reap() {
     const std::lock_guard lock(mutex_);
-    if (in_flight_.empty()) return read_;
     const Current current(*context_);
-    for (; !in_flight_.empty() && in_flight_.front().passed(); ++read_) {
-        spare_.push_back(std::move(in_flight_.front()));
-        in_flight_.pop_front();
-    }
-    return read_;
+    return copies_->reap();
 }
 
 std::string DeviceSender::way() const {
@@ -199,7 +188,7 @@ void DeviceSender::end() {
 bool DeviceSender::is_idle() const {
     try {
         const Current current(*context_);
-        return copy_->idle();
+        return copies_->idle();
     } catch (const Failure&) {  // the device has failed: nothing runs on it any more
         return true;
     }

@@ -2,17 +2,16 @@
 // flags that streams write and wait for say what has happened.
 #pragma once
 
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "cuda/copies.h"
 #include "cuda/flags.h"
 #include "cuda/kernels.h"
 #include "cuda/parcel.h"
 #include "cuda/steward.h"
-#include "cuda/stream.h"
 #include "transport/sender.h"
 
 namespace pipekern::cuda {
@@ -72,11 +71,7 @@ class DeviceSender : public Ward {
     Flags flags_;
     Kernels kernels_;
     mutable std::mutex mutex_;  // between the caller and the steward
-    std::unique_ptr<Stream> copy_;
-    std::unique_ptr<Event> ready_;
-    std::vector<Event> spare_;
-    std::deque<Event> in_flight_;
-    std::uint64_t read_ = 0;
+    std::unique_ptr<Copies> copies_;
     std::vector<std::uint64_t> used_;  // by slot: the last message whose tensors lay in it
     Slots slots_;
     std::vector<std::shared_ptr<void>> outgrown_;  // may still be read by messages on their way

@@ -27,6 +27,7 @@ class Arrival {
     const Header& header() const { return ring_->slot(seq_).header; }
     std::byte* payload() const { return payload_; }
     std::uint64_t seq() const { return seq_; }
+    const std::shared_ptr<Memory>& region() const { return region_; }  // that the payload lies in
 
     // What comes before the credit; must not throw.
     void before_credit(std::function<void()> release) { release_ = std::move(release); }

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "transport/digest.h"
+#include "transport/futex.h"
 #include "transport/header.h"
 #include "transport/job.h"
 #include "transport/memory.h"
@@ -50,6 +51,13 @@ class Ring {
     // 1 while the receiver sleeps until a message comes.
     std::atomic<std::uint32_t>& sleeping() const { return head().sleeping; }
 
+    // The receiver may take message `seq`, which is whole; wakes it where it sleeps. In order, from any thread.
+    void announce(std::uint64_t seq) const {
+        slot(seq).header.seq.store(seq, std::memory_order_seq_cst);
+        if (sleeping().load(std::memory_order_seq_cst) == 0) return;
+        sleeping().store(0, std::memory_order_relaxed);
+        futex_wake(sleeping());
+    }
     bool arrived(std::uint64_t seq) const { return slot(seq).header.seq.load(std::memory_order_seq_cst) == seq; }
     bool has_credit(std::uint64_t seq) const {
         return seq <= slots_ || slot(seq).credit.load(std::memory_order_acquire) == seq - slots_;

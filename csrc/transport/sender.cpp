@@ -3,7 +3,6 @@
 #include <cstring>
 
 #include "transport/clock.h"
-#include "transport/futex.h"
 #include "transport/socket.h"
 
 namespace pipekern {
@@ -37,7 +36,8 @@ bool Sender::free(std::uint64_t tag) {
     return ring_.has_credit(next_) || refuse(tag);
 }
 
-bool Sender::send(const Label& label, const Piece* pieces, std::size_t count, const std::function<void()>& beside) {
+bool Sender::send(const Label& label, const Piece* pieces, std::size_t count,
+                  const std::function<bool(std::byte*)>& beside) {
     const Turn turn(taken_, link_.name);
     if (!free(label.tag)) return false;
     std::size_t bytes = 0;
@@ -48,11 +48,14 @@ bool Sender::send(const Label& label, const Piece* pieces, std::size_t count, co
     std::size_t offset = 0;
     for (std::size_t i = 0; i < count; ++i) {
         offset = align_up(offset);
-        if (pieces[i].bytes) std::memcpy(payload + offset, pieces[i].data, pieces[i].bytes);
+        if (pieces[i].bytes && pieces[i].data) std::memcpy(payload + offset, pieces[i].data, pieces[i].bytes);
         offset += pieces[i].bytes;
     }
-    if (beside) beside();
-    publish(label, bytes);
+    fill_header(label, bytes);
+    const bool whole = !beside || beside(payload);
+    const std::uint64_t seq = next_++;
+    if (whole) ring_.announce(seq);
+    job_->page().progress();
     return true;
 }
 
@@ -76,7 +79,7 @@ bool Sender::grow(std::size_t bytes) {
     return true;
 }
 
-void Sender::publish(const Label& label, std::size_t bytes) {
+void Sender::fill_header(const Label& label, std::size_t bytes) {
     Header& header = ring_.slot(next_).header;
     header.magic = kMagic;
     header.version = kVersion;
@@ -89,14 +92,6 @@ void Sender::publish(const Label& label, std::size_t bytes) {
     std::memcpy(header.shape, label.shape, sizeof header.shape);
     header.generation = generation_;
     header.descriptor = label.descriptor;
-    header.seq.store(next_, std::memory_order_seq_cst);
-    ++next_;
-    std::atomic<std::uint32_t>& sleeping = ring_.sleeping();
-    if (sleeping.load(std::memory_order_seq_cst) != 0) {
-        sleeping.store(0, std::memory_order_relaxed);
-        futex_wake(sleeping);
-    }
-    job_->page().progress();
 }
 
 }  // namespace pipekern

@@ -12,7 +12,7 @@
 namespace pipekern {
 
 struct Piece {
-    const void* data;
+    const void* data;  // nullptr: its place in the slot is left as it is
     std::size_t bytes;
 };
 
@@ -36,21 +36,23 @@ class Sender {
     bool free(std::uint64_t tag);
 
     // Copies the pieces, each at a multiple of 64 bytes, into the next slot; false at once when it is not free.
-    // `beside` is called when the message is sure to go and before it is announced.
-    bool send(const Label& label, const Piece* pieces, std::size_t count, const std::function<void()>& beside = {});
+    // `beside` is called with the slot's payload when the message is sure to go and before it is announced; where it
+    // returns false it sees to it that the message next() is announced later.
+    bool send(const Label& label, const Piece* pieces, std::size_t count,
+              const std::function<bool(std::byte*)>& beside = {});
 
     // Says that this rank waits for a slot; returns false. Raises PeerDied where the receiver has closed.
     bool refuse(std::uint64_t tag);
 
     const LinkName& link() const { return link_; }
     int target() const { return target_; }
-    // 1 while the receiver sleeps until a message comes; who clears it wakes.
-    std::atomic<std::uint32_t>& receiver_sleeping() const { return ring_.sleeping(); }
-    std::uint64_t next() const { return next_; }  // the number of the message that comes next
+    const Ring& ring() const { return ring_; }
+    const std::shared_ptr<Memory>& region() const { return region_; }  // that the next message lies in
+    std::uint64_t next() const { return next_; }                       // the number of the message that comes next
 
   private:
     bool grow(std::size_t bytes);
-    void publish(const Label& label, std::size_t bytes);
+    void fill_header(const Label& label, std::size_t bytes);
 
     std::shared_ptr<Job> job_;
     LinkName link_;

@@ -43,18 +43,13 @@ class Opened(NamedTuple):
 def open_transport(name: str, links: Sequence[Link], devices: Sequence[torch.device], world: World | None) -> Opened:
     """Open ``links``, the same list on every rank; collective. ``world`` is what ``join(name, timeout)`` returned.
 
-    ``devices``: one a rank; under a launcher this process's own counts. "auto" is "cuda" where all ranks share a host,
-    are on GPUs and have the C++ extension, else "shm" where they share a host and have it, else "dist"; where this
-    process has every rank it is "cuda" over several GPUs, else "local". The transport takes the world over: closing it
-    closes the world. Raises ``ConfigError``, and what happens to the job meanwhile: if one rank fails, all do.
+    ``devices``: one a rank. "auto" is "cuda" where all ranks share a host, have the C++ extension and are on GPUs, or
+    some of them on the CPU, else "shm" where they share a host and have it, else "dist"; where this process has every
+    rank it is "cuda" over several GPUs, else "local". The transport takes the world over: closing it closes the world.
+    Raises ``ConfigError``, and what happens to the job meanwhile: if one rank fails, all do.
     """
     chosen = choose(name, world, devices)
-    codecs = sorted({link.codec for link in links} - {"none"})
-    if codecs and chosen != "cuda":
-        raise ConfigError(
-            f"codec={codecs[0]!r}: the transport here is {chosen!r}, and only 'cuda' casts; leave codec out, or "
-            "give 'auto'"
-        )
+    _check_codecs(chosen, links, devices)
     if world is not None and chosen in ("shm", "cuda", "dist"):
         try:
             return _open_dist(world, links) if chosen == "dist" else _open_here(chosen, world, links, devices)
@@ -70,6 +65,23 @@ def open_transport(name: str, links: Sequence[Link], devices: Sequence[torch.dev
     else:
         transport = NullTransport() if chosen == "null" else LocalTransport(len(devices))
     return Opened(transport, *transport.open(links))
+
+
+def _check_codecs(chosen: str, links: Sequence[Link], devices: Sequence[torch.device]) -> None:
+    on_cpu = hosts(devices)
+    for link in links:
+        if link.codec == "none":
+            continue
+        if chosen != "cuda":
+            raise ConfigError(
+                f"codec={link.codec!r}: the transport here is {chosen!r}, and only 'cuda' casts; leave codec out, or "
+                "give 'auto'"
+            )
+        if on_cpu & {link.source, link.target}:
+            raise ConfigError(
+                f"codec={link.codec!r} on link {link.name}, from {devices[link.source]} to {devices[link.target]}: only"
+                " links between CUDA devices cast; give 'auto', or name those alone: {'0>1': 'bf16'}"
+            )
 
 
 def _open_dist(world: World, links: Sequence[Link]) -> Opened:
@@ -102,7 +114,15 @@ def cuda_transport(devices: Sequence[torch.device], world: World | None) -> Cuda
 
     if world is None:
         return CudaTransport(None, len(devices), secrets.token_hex(16), _NOBODY_ELSE, lambda: None, devices)
-    return CudaTransport(world.rank, world.size, _token(world), world.timeout, lambda: world.gather({}), devices)
+    return CudaTransport(
+        world.rank,
+        world.size,
+        _token(world),
+        world.timeout,
+        lambda: world.gather({}),
+        devices,
+        hosts=hosts(devices),
+    )
 
 
 def _token(world: World) -> str:
@@ -139,11 +159,20 @@ def choose(name: str, world: World | None, devices: Sequence[torch.device]) -> s
     return "dist" if sharing else "shm"
 
 
+def hosts(devices: Sequence[torch.device]) -> frozenset[int]:
+    """The ranks on the CPU; ``devices`` is by rank."""
+    return frozenset(rank for rank, device in enumerate(devices) if device.type == "cpu")
+
+
 def _cuda_obstacle(world: World | None, devices: Sequence[torch.device]) -> str:
     """Why not all ranks can send and receive on their devices; empty where they can. Collective."""
+    on_cpu = hosts(devices)
     if world is None:
+        if 0 < len(on_cpu) < len(devices):
+            return f"in one process rank {min(on_cpu)} on the CPU takes part in 'local' alone"
         return next(filter(None, map(device_obstacle, devices)), "")
-    rows = world.gather({"cuda": device_obstacle(devices[world.rank])})
+    mixed = len(on_cpu) < world.size and world.rank in on_cpu
+    rows = world.gather({"cuda": "" if mixed else device_obstacle(devices[world.rank])})
     return next((f"rank {rank}: {row['cuda']}" for rank, row in enumerate(rows) if row["cuda"]), "")
 
 

@@ -53,10 +53,16 @@ class ShmSender:
 class ShmReceiver:
     """The receiving end of a link."""
 
-    def __init__(self, link: Link, end: _C.Receiver):
+    def __init__(
+        self,
+        link: Link,
+        end: _C.Receiver | _C.StagedReceiver,
+        recv: Callable[[int, float], Message | tuple[_C.Arrival | _C.StagedBundle, bytes, int] | None],
+    ):
+        """``recv``: that of ``end``."""
         self.link = link
         self.end = end
-        self._recv = end.recv
+        self._recv = recv
 
     def ready(self) -> bool:
         """See :meth:`pipekern.transport.base.Receiver.ready`."""
@@ -80,6 +86,17 @@ class ShmReceiver:
     def owns(self, pointer: int) -> bool:
         """See :meth:`pipekern.transport.base.Receiver.owns`."""
         return self.end.owns(pointer)
+
+
+def shm_sender(job: _C.Job, number: int, link: Link) -> ShmSender:
+    """The sending end of the job's link ``number``."""
+    return ShmSender(link, _C.Sender(job, number, link.name, link.target, link.slots))
+
+
+def shm_receiver(job: _C.Job, number: int, link: Link) -> ShmReceiver:
+    """Its receiving end; waits for the other."""
+    end = _C.Receiver(job, number, link.name, link.source, link.slots)
+    return ShmReceiver(link, end, end.recv)
 
 
 class ShmTransport:
@@ -106,14 +123,10 @@ class ShmTransport:
         """See :meth:`pipekern.transport.base.Transport.open`."""
         numbered = list(enumerate(links))
         senders = {
-            link.name: ShmSender(link, _C.Sender(self._job, number, link.name, link.target, link.slots))
-            for number, link in numbered
-            if link.source == self._rank
+            link.name: shm_sender(self._job, number, link) for number, link in numbered if link.source == self._rank
         }
         receivers = {
-            link.name: ShmReceiver(link, _C.Receiver(self._job, number, link.name, link.source, link.slots))
-            for number, link in numbered
-            if link.target == self._rank
+            link.name: shm_receiver(self._job, number, link) for number, link in numbered if link.target == self._rank
         }
         return senders, receivers
 
@@ -148,7 +161,7 @@ def leave(reference: weakref.ref[Any]) -> None:
     transport.close()
 
 
-def _unbundle(arrival: _C.Arrival, descriptor: bytes) -> Any:
+def _unbundle(arrival: _C.Arrival | _C.StagedBundle, descriptor: bytes) -> Any:
     offset = aligned(len(descriptor))
 
     def tensor_of(spec: message.TensorSpec) -> Tensor:

@@ -21,12 +21,16 @@ import pytest
 
 from pipekern.transport import open as opening
 
-# Straight into a peer's memory, through host memory, and with waits on the host.
+# Straight into a peer's memory, through host memory, and with waits on the host; every second rank on the CPU.
 KNOBS = {
     "fake-cuda": {"jitter": 200},
     "fake-cuda-staged": {"no_ipc": 1, "jitter": 50},
     "fake-cuda-host": {"no_stream_ops": 1, "one_queue": 1},
+    "fake-mixed-odd": {"jitter": 200},
+    "fake-mixed-even": {"one_queue": 1, "jitter": 50},
 }
+# By rank, modulo 2.
+_ON_CPU = {"fake-mixed-odd": 1, "fake-mixed-even": 0}
 ROOT = Path(__file__).parents[2]
 _SOURCES = sorted([*(ROOT / "tests/csrc/cuda").glob("*.*"), *(ROOT / "csrc/cuda").rglob("*.h")])
 
@@ -66,6 +70,8 @@ def load(transport: str) -> Callable[[], str]:
     ctypes.CDLL(library("fake_nvrtc", "libnvrtc.so.13"))  # for a build without nvcc
     driver.fake_leaks.restype = ctypes.c_char_p
     opening.device_obstacle = lambda device: ""
+    on_cpu = _ON_CPU.get(transport)
+    opening.hosts = lambda devices: frozenset(rank for rank in range(len(devices)) if rank % 2 == on_cpu)
 
     def leaks() -> str:
         gc.collect()

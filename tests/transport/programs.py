@@ -45,10 +45,12 @@ _needs_extension = pytest.mark.skipif(
 )
 SHM = pytest.param("shm", marks=_needs_extension)
 # The CUDA transport on the stand-in driver; tests/csrc/cuda runs its C++ in every mode.
-_FULL = [
-    pytest.param(name, marks=[_needs_extension, pytest.mark.full]) for name in fake_cuda.KNOBS if name != "fake-cuda"
+ON_FAKE_CUDA = [
+    pytest.param(
+        name, marks=[_needs_extension, *([pytest.mark.full] if name in ("fake-cuda-staged", "fake-cuda-host") else [])]
+    )
+    for name in fake_cuda.KNOBS
 ]
-ON_FAKE_CUDA = [pytest.param("fake-cuda", marks=_needs_extension), *_FULL]
 # The real one, two ranks on one device.
 ON_GPU = pytest.param(
     "cuda",

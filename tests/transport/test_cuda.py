@@ -6,7 +6,7 @@ import copy
 import gc
 import os
 import secrets
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +23,8 @@ from tests.transport.programs import CPUS, Ends, receive, run, send
 from tests.transport.shm_job import failure_of
 
 pytest.importorskip("pipekern._C")
-from pipekern.transport.cuda import CudaReceiver, CudaSender, CudaTransport
+from pipekern.transport.cuda import CudaTransport
+from pipekern.transport.cuda_ends import CudaReceiver, CudaSender
 
 Steps = Generator[str | None, None, Any]
 
@@ -230,7 +231,9 @@ def test_what_is_sent_on_out_of_its_slot_does_not_keep_it(name: str) -> None:
     alone("relays", name)
 
 
-BODIES = {body.__name__: body for body in (again, relays, cast, add, forks, gift, nobody, lets_go, outlives)}
+BODIES: dict[str, Callable[..., Any]] = {
+    body.__name__: body for body in (again, relays, cast, add, forks, gift, nobody, lets_go, outlives)
+}
 
 
 def ways(ends: Ends) -> Steps:

@@ -111,7 +111,7 @@ def test_shapes_that_a_header_does_not_hold(shape: tuple[int, ...]) -> None:
 def test_raw_bytes() -> None:
     transport, sender, receiver = alone(1)
     for data in (b"", b"activations", os.urandom(100_000)):
-        assert sender.end.send_bytes(3, data)
+        assert sender.end.send_bytes(3, data) and isinstance(receiver.end, _C.Receiver)
         assert receiver.end.recv_bytes(3, -1.0) == data
     transport.close()
 
