@@ -9,7 +9,7 @@ grid.place(3)                               # Place(pp=1, dp=1, tp=0)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -31,6 +31,7 @@ class Place(NamedTuple):
     tp: int
 
 
+_WHOSE = {"dp": "replicas", "tp": "tensor-parallel parts"}
 FIRST, ALONE = Place(0, 0, 0), Place(1, 1, 1)
 
 
@@ -109,16 +110,26 @@ class Grid:
         return self.ranks[place.pp][place.dp][place.tp]
 
 
-def groups(grid: Grid, rank: int, device: torch.device, along: str, timeout: float) -> dist.ProcessGroup | None:
+def groups(
+    grid: Grid, rank: int, devices: Sequence[torch.device], along: str, timeout: float
+) -> dist.ProcessGroup | None:
     """The process group of ``rank`` along "dp" or "tp", over NCCL between GPUs, else gloo; None where it would be
-    alone. A blocking call in it fails after ``timeout`` seconds. Collective over the job.
+    alone. ``devices`` are by rank of the job. A blocking call in it fails after ``timeout`` seconds. Collective over
+    the job. Raises ``ConfigError`` on all ranks where devices of two kinds would be in one group.
     """
     if getattr(grid.sizes, along) == 1:
         return None
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    place, own = grid.place(rank), None
-    for start in _starts(grid.sizes, along):
-        members = [grid.rank(start._replace(**{along: i})) for i in range(getattr(grid.sizes, along))]
+    place, own, starts = grid.place(rank), None, _starts(grid.sizes, along)
+    rows = [[grid.rank(start._replace(**{along: i})) for i in range(getattr(grid.sizes, along))] for start in starts]
+    for members in rows:
+        if len({devices[member].type for member in members}) > 1:
+            kinds = ", ".join(f"rank {member} on {devices[member]}" for member in members)
+            raise ConfigError(
+                f"mesh: the {_WHOSE[along]} of pipeline rank {grid.place(members[0]).pp} are on devices of two kinds "
+                f"({kinds}); a mesh may give each pipeline rank its kind, and all of its processes the same"
+            )
+    for start, members in zip(starts, rows, strict=True):
+        backend = "nccl" if devices[members[0]].type == "cuda" else "gloo"
         group = dist.new_group(members, timeout=timedelta(seconds=timeout), backend=backend)
         if place._replace(**{along: 0}) == start:
             own = group

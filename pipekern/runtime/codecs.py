@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -17,7 +17,7 @@ from pipekern.runtime.messages import message_bytes as bytes_between
 from pipekern.runtime.options import Options
 from pipekern.schedule.comms import Edge
 from pipekern.transport import probe
-from pipekern.transport.open import choose
+from pipekern.transport.open import choose, hosts
 from pipekern.transport.world import World
 
 _SECONDS = 0.25  # for measuring all links
@@ -32,9 +32,10 @@ def link_codecs(
 ) -> dict[str, str]:
     """The codec of every link between stages, by its name, the same on every rank; collective.
 
-    ``homes``: for each pipeline the job's ranks, by the pipeline's. "auto" is "none" without the CUDA transport; with
-    it, ``plan.choose_codec`` decides by the bandwidth measured on the slowest pipeline's link, for which the others
-    wait, the bytes of the message, and the time of the slower of its two stages. Raises ``ConfigError``.
+    ``homes``: for each pipeline the job's ranks, by the pipeline's. "auto" is "none" without the CUDA transport and on
+    links from or to the CPU; else ``plan.choose_codec`` decides by the bandwidth measured on the slowest pipeline's
+    link, for which the others wait, the bytes of the message, and the time of the slower of its two stages. Raises
+    ``ConfigError``.
     """
     edges = {f"{a}>{b}": (a, b) for a, b in sorted(blueprint.train.slots)}
     given = options.codec
@@ -45,15 +46,29 @@ def link_codecs(
         return {name: given.get(name, "none") for name in edges}
     if given != "auto":
         return dict.fromkeys(edges, given)
+    none = dict.fromkeys(edges, "none")
+    edges = _between_gpus(blueprint, edges, homes, hosts(devices))
     if not edges or choose(options.transport, world, devices) != "cuda":
-        return dict.fromkeys(edges, "none")
+        return none
     costs = options.split
     if not isinstance(costs, LayerCosts) or not costs.outputs:
         raise ConfigError(
             "codec='auto' chooses by measured bytes and times of each unit: give split=pk.profile(module, x) of one "
             "micro-batch, or choose 'none', 'bf16' or 'fp8' for all links, or for each: {'0>1': 'bf16'}"
         )
-    return _chosen(costs, blueprint, edges, _measured(costs, blueprint, edges, homes, devices, world))
+    return none | _chosen(costs, blueprint, edges, _measured(costs, blueprint, edges, homes, devices, world))
+
+
+def _between_gpus(
+    blueprint: Blueprint, edges: Mapping[str, Edge], homes: Sequence[Sequence[int]], on_cpu: Collection[int]
+) -> dict[str, Edge]:
+    """Those of ``edges`` that have no end on the CPU in any pipeline."""
+    rank = blueprint.schedule.stage_rank
+    return {
+        name: edge
+        for name, edge in edges.items()
+        if not any(home[rank[stage]] in on_cpu for home in homes for stage in edge)
+    }
 
 
 def _measured(

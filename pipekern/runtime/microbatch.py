@@ -74,14 +74,15 @@ def join(parts: Sequence[Any]) -> Any:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors on ``device``, each a leaf that requires a gradient if it did; on the CPU as it is."""
-    if device.type == "cpu":
-        return value
-    return map_tensors(lambda t: _move_leaf(t, device), value)
+    """``value`` with its tensors on ``device``, each a leaf that requires a gradient if it did; those of the CPU as
+    they are if they stay there.
+    """
+    return map_tensors(lambda t: t if t.is_cpu and device.type == "cpu" else _move_leaf(t, device), value)
 
 
 def _move_leaf(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.detach().to(device, non_blocking=True).requires_grad_(tensor.requires_grad)
+    there = device.type != "cpu"  # a copy to the host that nobody waits for may be read too early
+    return tensor.detach().to(device, non_blocking=there).requires_grad_(tensor.requires_grad)
 
 
 def digest(*values: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from pipekern.runtime.assembly import Assembly, build_stages, build_units
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
 from pipekern.runtime.codecs import link_codecs
 from pipekern.runtime.costs import LayerCosts
+from pipekern.runtime.devices import device_here, devices_here
 from pipekern.runtime.head_loss import choose_head
 from pipekern.runtime.heap import keep_freed_memory
 from pipekern.runtime.limits import limits, memory_of
@@ -55,11 +55,11 @@ def start(options: Options) -> Assembly:
 def _site(options: Options, world: World | None) -> Site:
     if world is None:
         ranks = _size(options.ranks, None)
-        devices = _devices(options.devices, ranks, launched=False)
+        devices = devices_here(options.devices, ranks)
         return Site(Grid.of(options.mesh, 1), FIRST, None, devices, [range(ranks)], None, NO_LIMIT)
-    grid, devices = compared(world, lambda: _grid(options, world.size))
-    place, device = grid.place(world.rank), devices[world.rank]
-    replicas = _replicas(options, world, grid, device)
+    grid, device = compared(world, lambda: _grid(options, world))
+    devices = [torch.device(row["device"]) for row in world.gather({"device": str(device)})]
+    place, replicas = grid.place(world.rank), _replicas(options, world, grid, devices)
     return Site(grid, place, place.pp, devices, grid.homes, replicas, _bucket(world, replicas, device))
 
 
@@ -119,17 +119,17 @@ def compared(world: World | None, make: Callable[[], tuple[_T, dict[str, Any]]])
     return made
 
 
-def _grid(options: Options, world_size: int) -> tuple[tuple[Grid, list[torch.device]], dict[str, Any]]:
-    """Where every process stands, a device a process, and what ranks must agree on before they form groups."""
-    grid, devices = Grid.of(options.mesh, world_size), _devices(options.devices, world_size, launched=True)
-    return (grid, devices), {"mesh": {**grid.sizes._asdict(), "ranks": grid.ranks}}
+def _grid(options: Options, world: World) -> tuple[tuple[Grid, torch.device], dict[str, Any]]:
+    """Where every process stands, the device of this one, and what ranks must agree on before they form groups."""
+    grid, device = Grid.of(options.mesh, world.size), device_here(options.devices, world.rank, world.size)
+    return (grid, device), {"mesh": {**grid.sizes._asdict(), "ranks": grid.ranks}}
 
 
-def _replicas(options: Options, world: World, grid: Grid, device: torch.device) -> Replicas | None:
+def _replicas(options: Options, world: World, grid: Grid, devices: Sequence[torch.device]) -> Replicas | None:
     """This process among the replicas of its stages, None where there are no others. Collective."""
     if grid.sizes.dp == 1:
         return None
-    group = groups(grid, world.rank, device, "dp", options.timeout)
+    group = groups(grid, world.rank, devices, "dp", options.timeout)
     return Replicas(group, grid.place(world.rank).dp, grid.sizes.dp, world.control.check)
 
 
@@ -137,10 +137,10 @@ def _division(
     options: Options, world: World, site: Site, blueprint: Blueprint, units: Mapping[int, list[Unit]]
 ) -> Division | None:
     """The units of this process divided among the parts of its stages, None where there is one. Collective."""
-    grid, device = site.grid, site.devices[world.rank]
+    grid, devices = site.grid, site.devices
     if grid.sizes.tp == 1:
         return None
-    group = groups(grid, world.rank, device, "tp", options.timeout)
+    group, device = groups(grid, world.rank, devices, "tp", options.timeout), devices[world.rank]
     assert group is not None
     parts = Parts(group, device, grid.place(world.rank).tp, grid.sizes.tp, world.control.check)
     own = [unit for built in units.values() for unit in built]
@@ -233,20 +233,3 @@ def _size(ranks: int | None, grid: Grid | None) -> int:
     if size < 1:
         raise ConfigError(f"ranks={ranks}; a pipeline has at least one")
     return size
-
-
-def _devices(given: Sequence[str | torch.device] | None, ranks: int, launched: bool) -> list[torch.device]:
-    """One device a rank. Under a launcher only this process's entry counts."""
-    if given is not None:
-        devices = [torch.device(device) for device in given]
-        if len(devices) == 1:
-            devices *= ranks
-        if len(devices) != ranks:
-            raise ConfigError(f"devices has {len(devices)} entries for {ranks} ranks; give one a rank, or one for all")
-        return devices
-    count = torch.cuda.device_count()
-    if count == 0:
-        return [torch.device("cpu")] * ranks
-    if launched:
-        return [torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)] * ranks
-    return [torch.device("cuda", rank % count) for rank in range(ranks)]

@@ -120,7 +120,7 @@ def test_a_rank_that_is_not_there() -> None:
 def _groups(sizes: dict[str, int]) -> list[list[int] | None]:
     dist.init_process_group("gloo")
     rank, grid = int(os.environ["RANK"]), Grid.of(sizes, 4)
-    found = [groups(grid, rank, torch.device("cpu"), along, 30.0) for along in ("dp", "tp")]
+    found = [groups(grid, rank, [torch.device("cpu")] * 8, along, 30.0) for along in ("dp", "tp")]
     return [None if group is None else dist.get_process_group_ranks(group) for group in found]
 
 

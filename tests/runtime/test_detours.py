@@ -56,7 +56,7 @@ def test_what_is_scattered_is_gathered(seed: int) -> None:
 
 def _two_consumers(codec: str, apart: bool) -> tuple[list[str], dict[str, Tensor]]:
     """The links on which gradients were added as they came, and the gradients of a step; ``apart``: none may be."""
-    from pipekern.transport.cuda import CudaReceiver
+    from pipekern.transport.cuda_ends import CudaReceiver
 
     fake_cuda.load("fake-cuda")
     os.environ.pop("RANK", None)

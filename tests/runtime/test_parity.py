@@ -89,9 +89,9 @@ def test_among_processes_over_torch_distributed(seed: int) -> None:
     _prove(_sample(2, "dist")[::3], seed, processes=2)
 
 
-def _train_on_stand_in(cases: list[Case], seed: int, together: bool) -> list[Trained]:
+def _train_on_stand_in(cases: list[Case], seed: int, together: bool, name: str = "fake-cuda") -> list[Trained]:
     """Over the CUDA transport on the stand-in driver, without a launcher where ``together``."""
-    leaks = fake_cuda.load("fake-cuda")
+    leaks = fake_cuda.load(name)
     if together:
         del os.environ["RANK"]
     runs = _train_all(cases, seed, again=False)
@@ -107,6 +107,19 @@ def test_over_the_cuda_transport(together: bool, ranks: int, seed: int) -> None:
     fake_cuda.library()
     cases = _sample(ranks, "cuda")[:: 4 if ranks == 3 else 1]
     runs = values(launch(_train_on_stand_in, 1 if together else ranks, cases, seed, together, timeout=240))
+    for case, *of_case in zip(cases, *runs, strict=True):
+        compare(case, of_case, seed)
+
+
+@pytest.mark.parametrize("name", ["fake-mixed-odd", "fake-mixed-even"])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (2, 4))])
+def test_over_cuda_and_cpu_ranks(name: str, ranks: int, seed: int) -> None:
+    """Every second rank is on the CPU: links of all kinds, with activations, gradients, losses, flags, tied weights."""
+    pytest.importorskip("pipekern._C")
+    fake_cuda.library()
+    first = name == "fake-mixed-odd"
+    cases = _sample(ranks, "cuda")[first :: 4 if ranks == 3 else 1]
+    runs = values(launch(_train_on_stand_in, ranks, cases, seed, False, name, timeout=240))
     for case, *of_case in zip(cases, *runs, strict=True):
         compare(case, of_case, seed)
 

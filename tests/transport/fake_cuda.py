@@ -14,11 +14,13 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipekern.runtime import codecs
 from pipekern.transport import open as opening
 
 # Straight into a peer's memory, through host memory, and with waits on the host; every second rank on the CPU.
@@ -70,11 +72,15 @@ def load(transport: str) -> Callable[[], str]:
     ctypes.CDLL(library("fake_nvrtc", "libnvrtc.so.13"))  # for a build without nvcc
     driver.fake_leaks.restype = ctypes.c_char_p
     opening.device_obstacle = lambda device: ""
-    on_cpu = _ON_CPU.get(transport)
-    opening.hosts = lambda devices: frozenset(rank for rank in range(len(devices)) if rank % 2 == on_cpu)
+    for module in (opening, codecs):
+        setattr(module, "hosts", functools.partial(_hosts, _ON_CPU.get(transport)))  # noqa: B010  # not its own
 
     def leaks() -> str:
         gc.collect()
         return str(driver.fake_leaks().decode())
 
     return leaks
+
+
+def _hosts(on_cpu: int | None, devices: Sequence[torch.device]) -> frozenset[int]:
+    return frozenset(rank for rank in range(len(devices)) if rank % 2 == on_cpu)
