@@ -176,20 +176,13 @@ class StagedSender:
 
     def close(self) -> None: ...
 
-class StagedBundle:
-    """A bundle in memory of the device."""
-
-    def view(self, offset: int, dtype: int, shape: Sequence[int]) -> Tensor: ...
-
 class StagedReceiver:
-    """The receiving end of a link from a rank on the CPU to a CUDA device; ``device`` as for ``DeviceReceiver``."""
+    """The receiving end of a link from a rank on the CPU to one on a CUDA device: tensors stay on the CPU."""
 
-    def __init__(
-        self, job: Job, number: int, name: str, source: int, slots: int, context: Context, device: tuple[int, int]
-    ) -> None: ...
+    def __init__(self, job: Job, number: int, name: str, source: int, slots: int, context: Context) -> None: ...
     def ready(self) -> bool: ...
-    def recv(self, tag: int, wait: float, stream: int) -> Message | tuple[StagedBundle, bytes, int] | None:
-        """As ``Receiver.recv``; the tensors may be used in ``stream``."""
+    def recv(self, tag: int, wait: float, stream: int) -> Message | tuple[Arrival, bytes, int] | None:
+        """As ``Receiver.recv``; a slot is free again after what ``stream`` has queued when the last view is gone."""
 
     def held(self) -> list[tuple[int, ...] | bytes]: ...
     def owns(self, pointer: int) -> bool: ...

@@ -159,12 +159,6 @@ TorchReceiver make_receiver(const std::shared_ptr<Job>& job, const std::shared_p
             {device.first, device.second}};
 }
 
-py::list held(const TorchReceiver& receiver) {
-    py::list all;
-    for (const auto& arrival : receiver.end->held()) all.append(shape_of(*arrival));
-    return all;
-}
-
 std::string peer_obstacle(int device, int peer) { return Context(device).reach(Context(peer)); }
 
 py::dict describe_driver() {
@@ -210,7 +204,7 @@ void bind_ends(py::module_& m) {
             "drain",
             [](const TorchReceiver& receiver, std::uintptr_t stream) { receiver.end->drain(stream_of(stream)); },
             unlocked())
-        .def("held", &held)
+        .def("held", [](const TorchReceiver& receiver) { return shapes_of(receiver.end->held()); })
         .def("owns", [](const TorchReceiver& receiver, std::uintptr_t place) { return receiver.end->owns(place); })
         .def("close", [](const TorchReceiver& receiver) { receiver.end->close(); }, unlocked());
 }

@@ -42,6 +42,25 @@ py::object message_of(py::object value, std::uint64_t digest) {
     return message;
 }
 
+py::object received(std::shared_ptr<Arrival> arrival) {
+    const Header& header = arrival->header();
+    const std::uint64_t digest = header.digest;
+    if (header.flags & kBundle) {
+        py::bytes descriptor = descriptor_of(*arrival);
+        return py::make_tuple(std::move(arrival), std::move(descriptor), digest);
+    }
+    const bool requires_grad = header.flags & kRequiresGrad;
+    py::object tensor = TorchTensors::get().over(view_of(std::move(arrival)));
+    if (requires_grad) tensor.attr("requires_grad") = true;
+    return message_of(std::move(tensor), digest);
+}
+
+py::list shapes_of(const std::vector<std::shared_ptr<const Arrival>>& held) {
+    py::list all;
+    for (const auto& arrival : held) all.append(shape_of(*arrival));
+    return all;
+}
+
 py::object shape_of(const Arrival& arrival) {
     const Header& header = arrival.header();
     if (header.flags & kBundle) return descriptor_of(arrival);

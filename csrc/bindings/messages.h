@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "bindings/torch_tensors.h"
 #include "transport/receiver.h"
@@ -34,8 +35,12 @@ pybind11::bytes descriptor_of(const Arrival& arrival);
 // base.py's Message, made as its own constructor does.
 pybind11::object message_of(pybind11::object value, std::uint64_t digest);
 
+// Of one that lies in host memory: a Message of a tensor, or for a bundle the tuple (arrival, descriptor, digest).
+pybind11::object received(std::shared_ptr<Arrival> arrival);
+
 // Of a message that is still held: a tensor's shape, or a bundle's descriptor.
 pybind11::object shape_of(const Arrival& arrival);
+pybind11::list shapes_of(const std::vector<std::shared_ptr<const Arrival>>& held);
 
 // Raises ValueError for a link that cannot be.
 void check_link(const Job& job, int peer, std::uint64_t slots);

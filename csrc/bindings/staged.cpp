@@ -15,18 +15,6 @@ namespace {
 using namespace cuda;
 using unlocked = py::call_guard<py::gil_scoped_release>;
 
-// A receiving end, and the device that torch calls its memory by.
-struct TorchStagedReceiver {
-    std::shared_ptr<StagedReceiver> end;
-    DLDevice device;
-};
-
-// A bundle on the device.
-struct StagedBundle {
-    std::shared_ptr<const Landed> landed;
-    DLDevice device;
-};
-
 StreamHandle stream_of(std::uintptr_t stream) { return reinterpret_cast<StreamHandle>(stream); }
 
 // True: sent. False: no free slot. None: not a tensor that goes as it stands under a header of its own.
@@ -58,50 +46,22 @@ bool send_bundle(StagedSender& sender, std::uint64_t tag, const std::string& des
     return sender.send(bundle_label(tag, descriptor, digest), pieces, on_device, stream_of(stream), given);
 }
 
-py::object view(const std::shared_ptr<const Landed>& landed, DLDevice device, std::uint64_t offset, std::uint8_t dtype,
-                std::vector<std::int64_t> shape) {
-    const Span span{reinterpret_cast<void*>(landed->base), landed->arrival->header().bytes, device};
-    return TorchTensors::get().over(view_of(landed, span, offset, dtype, std::move(shape)));
-}
-
-// None, or a Message of a tensor, or for a bundle the tuple (bundle, descriptor, digest).
-py::object recv(TorchStagedReceiver& receiver, std::uint64_t tag, double wait, std::uintptr_t stream) {
-    if (!await(*receiver.end, tag, wait)) return py::none();
-    std::shared_ptr<const Landed> landed;
+// As of any link through shared memory.
+py::object recv(StagedReceiver& receiver, std::uint64_t tag, double wait, std::uintptr_t stream) {
+    if (!await(receiver, tag, wait)) return py::none();
+    std::shared_ptr<Arrival> arrival;
     {
         const py::gil_scoped_release release;
-        landed = receiver.end->take(tag, stream_of(stream));
+        arrival = receiver.take(tag, stream_of(stream));
     }
-    const Header& header = landed->arrival->header();
-    const std::uint64_t digest = header.digest;
-    if (header.flags & kBundle) {
-        py::bytes descriptor = descriptor_of(*landed->arrival);
-        return py::make_tuple(StagedBundle{std::move(landed), receiver.device}, std::move(descriptor), digest);
-    }
-    py::object tensor = view(landed, receiver.device, 0, header.dtype, {header.shape, header.shape + header.ndim});
-    if (header.flags & kRequiresGrad) tensor.attr("requires_grad") = true;
-    return message_of(std::move(tensor), digest);
+    return received(std::move(arrival));
 }
 
-std::shared_ptr<StagedSender> make_sender(const std::shared_ptr<Job>& job, std::uint32_t number,
-                                          const std::string& name, int target, std::uint64_t slots,
-                                          const std::shared_ptr<Context>& context) {
-    check_link(*job, target, slots);
-    return std::make_shared<StagedSender>(job, LinkName{number, name, slots}, target, context);
-}
-
-TorchStagedReceiver make_receiver(const std::shared_ptr<Job>& job, std::uint32_t number, const std::string& name,
-                                  int source, std::uint64_t slots, const std::shared_ptr<Context>& context,
-                                  std::pair<int, int> device) {
-    check_link(*job, source, slots);
-    return {std::make_shared<StagedReceiver>(job, LinkName{number, name, slots}, source, context),
-            {device.first, device.second}};
-}
-
-py::list held(const TorchStagedReceiver& receiver) {
-    py::list all;
-    for (const auto& landed : receiver.end->held()) all.append(shape_of(*landed->arrival));
-    return all;
+template <class End>
+std::shared_ptr<End> make_end(const std::shared_ptr<Job>& job, std::uint32_t number, const std::string& name, int peer,
+                              std::uint64_t slots, const std::shared_ptr<Context>& context) {
+    check_link(*job, peer, slots);
+    return std::make_shared<End>(job, LinkName{number, name, slots}, peer, context);
 }
 
 }  // namespace
@@ -109,26 +69,22 @@ py::list held(const TorchStagedReceiver& receiver) {
 void bind_staged(py::module_& m) {
     using namespace py::literals;
     py::class_<StagedSender, std::shared_ptr<StagedSender>>(m, "StagedSender")
-        .def(py::init(&make_sender), "job"_a, "number"_a, "name"_a, "target"_a, "slots"_a, "context"_a, unlocked())
+        .def(py::init(&make_end<StagedSender>), "job"_a, "number"_a, "name"_a, "target"_a, "slots"_a, "context"_a,
+             unlocked())
         .def("free", &StagedSender::free)
         .def("send_tensor", &send_tensor)
         .def("send_bundle", &send_bundle)
         .def("reap", &StagedSender::reap, unlocked())
         .def("close", &StagedSender::close, unlocked());
-    py::class_<StagedBundle>(m, "StagedBundle")
-        .def("view",
-             [](const StagedBundle& bundle, std::uint64_t offset, std::uint8_t dtype, std::vector<std::int64_t> shape) {
-                 return view(bundle.landed, bundle.device, offset, dtype, std::move(shape));
-             });
-    py::class_<TorchStagedReceiver>(m, "StagedReceiver")
-        .def(py::init(&make_receiver), "job"_a, "number"_a, "name"_a, "source"_a, "slots"_a, "context"_a, "device"_a,
+    py::class_<StagedReceiver, std::shared_ptr<StagedReceiver>>(m, "StagedReceiver")
+        .def(py::init(&make_end<StagedReceiver>), "job"_a, "number"_a, "name"_a, "source"_a, "slots"_a, "context"_a,
              unlocked())
-        .def("ready", [](const TorchStagedReceiver& receiver) { return receiver.end->ready(); })
+        .def("ready", &StagedReceiver::ready)
         .def("recv", &recv)
-        .def("held", &held)
-        .def("owns",
-             [](const TorchStagedReceiver& receiver, std::uintptr_t place) { return receiver.end->owns(place); })
-        .def("close", [](const TorchStagedReceiver& receiver) { receiver.end->close(); }, unlocked());
+        .def("held", [](const StagedReceiver& receiver) { return shapes_of(receiver.held()); })
+        .def("owns", [](const StagedReceiver& receiver,
+                        std::uintptr_t place) { return receiver.owns(reinterpret_cast<const void*>(place)); })
+        .def("close", &StagedReceiver::close, unlocked());
 }
 
 }  // namespace pipekern

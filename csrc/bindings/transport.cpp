@@ -83,29 +83,13 @@ std::shared_ptr<Arrival> receive(Receiver& receiver, std::uint64_t tag, double w
 // None, or a Message of a tensor, or for a bundle the tuple (arrival, descriptor, digest).
 py::object recv(Receiver& receiver, std::uint64_t tag, double wait) {
     auto arrival = receive(receiver, tag, wait);
-    if (!arrival) return py::none();
-    const Header& header = arrival->header();
-    const std::uint64_t digest = header.digest;
-    if (header.flags & kBundle) {
-        py::bytes descriptor = descriptor_of(*arrival);
-        return py::make_tuple(std::move(arrival), std::move(descriptor), digest);
-    }
-    const bool requires_grad = header.flags & kRequiresGrad;
-    py::object tensor = TorchTensors::get().over(view_of(std::move(arrival)));
-    if (requires_grad) tensor.attr("requires_grad") = true;
-    return message_of(std::move(tensor), digest);
+    return arrival ? received(std::move(arrival)) : py::none();
 }
 
 py::object recv_bytes(Receiver& receiver, std::uint64_t tag, double wait) {
     const auto arrival = receive(receiver, tag, wait);
     if (!arrival) return py::none();
     return py::bytes(reinterpret_cast<const char*>(arrival->payload()), arrival->header().bytes);
-}
-
-py::list held(const Receiver& receiver) {
-    py::list all;
-    for (const auto& arrival : receiver.held()) all.append(shape_of(*arrival));
-    return all;
 }
 
 std::shared_ptr<Job> make_job(int rank, int world, const std::string& token, double timeout) {
@@ -140,7 +124,7 @@ void bind_ends(py::module_& m) {
         .def("ready", &Receiver::ready)
         .def("recv", &recv)
         .def("recv_bytes", &recv_bytes)
-        .def("held", &held)
+        .def("held", [](const Receiver& receiver) { return shapes_of(receiver.held()); })
         .def("owns", [](const Receiver& receiver, std::uintptr_t pointer) {
             return receiver.owns(reinterpret_cast<const void*>(pointer));
         });

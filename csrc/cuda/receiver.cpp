@@ -75,7 +75,10 @@ Delivery DeviceReceiver::take(std::uint64_t tag, StreamHandle consumer) {
 // From now on a stream waits for the message, and its credit comes after the work of `consumer`.
 void DeviceReceiver::expect(Arrival& arrival, StreamHandle consumer) {
     const std::uint64_t seq = arrival.seq();
-    arrival.before_credit([self = shared_from_this(), seq, consumer] { self->give_back(seq, consumer); });
+    arrival.before_credit([self = shared_from_this(), seq, consumer] {
+        self->give_back(seq, consumer);
+        return true;
+    });
     taken_[(seq - 1) % taken_.size()] = seq;
 }
 

@@ -170,7 +170,7 @@ std::string DeviceSender::way() const {
 void DeviceSender::tend() {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock || ended_) return;
-    const bool idle = is_idle();
+    const bool idle = idle_or_lost(*context_, *copies_);
     // The streams that were to write these flags may be gone. Where they are not, they may write them once more.
     if (!idle && job_->page().aborted())
         for (std::uint64_t seq = 1; seq <= board_->slots(); ++seq) board_->lane(seq).credit.store(kReleased);
@@ -185,20 +185,11 @@ void DeviceSender::end() {
     steward_->ring(host_.target());
 }
 
-bool DeviceSender::is_idle() const {
-    try {
-        const Current current(*context_);
-        return copies_->idle();
-    } catch (const Failure&) {  // the device has failed: nothing runs on it any more
-        return true;
-    }
-}
-
 void DeviceSender::close() {
     if (job_->session()->inherited.load()) return;
     for (bool idle = false; !idle; std::this_thread::sleep_for(kLook)) {
         const std::lock_guard lock(mutex_);
-        idle = is_idle();
+        idle = idle_or_lost(*context_, *copies_);
         if (idle && !ended_) end();
     }
 }

@@ -59,7 +59,6 @@ class DeviceSender : public Ward {
     std::string ask(Way way, const Parcel& parcel, std::uint64_t tag);
     void import_slots(Slots& slots);
     void enqueue(const Parcel& parcel, const std::vector<DeviceTensor>& tensors, StreamHandle producer, bool given);
-    bool is_idle() const;
     void end();
 
     std::shared_ptr<Job> job_;

@@ -78,12 +78,7 @@ void StagedSender::close() {
     if (job_->session()->inherited.load()) return;
     for (bool idle = false; !idle; std::this_thread::sleep_for(kLook)) {
         const std::lock_guard lock(mutex_);
-        try {
-            const Current current(*context_);
-            idle = copies_->idle();
-        } catch (const Failure&) {  // the device has failed: nothing runs on it any more
-            idle = true;
-        }
+        idle = idle_or_lost(*context_, *copies_);
         if (idle) regions_.clear();
     }
 }

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "cuda/context.h"
+#include "transport/error.h"
 
 namespace pipekern::cuda {
 
@@ -58,5 +59,16 @@ class Stream {
   private:
     StreamHandle handle_ = nullptr;
 };
+
+// Whether nothing runs on `work` (a Stream, Copies) any more: it is through, or its device has failed.
+template <class Work>
+bool idle_or_lost(const Context& context, const Work& work) {
+    try {
+        const Current current(context);
+        return work.idle();
+    } catch (const Failure&) {
+        return true;
+    }
+}
 
 }  // namespace pipekern::cuda

@@ -18,8 +18,7 @@ class Arrival {
     Arrival(std::shared_ptr<const Ring> ring, std::uint64_t seq, std::shared_ptr<Memory> region, std::byte* payload)
         : ring_(std::move(ring)), region_(std::move(region)), payload_(payload), seq_(seq) {}
     ~Arrival() {
-        if (release_) release_();
-        ring_->give_credit(seq_);
+        if (!release_ || release_()) ring_->give_credit(seq_);
     }
     Arrival(const Arrival&) = delete;
     Arrival& operator=(const Arrival&) = delete;
@@ -29,15 +28,15 @@ class Arrival {
     std::uint64_t seq() const { return seq_; }
     const std::shared_ptr<Memory>& region() const { return region_; }  // that the payload lies in
 
-    // What comes before the credit; must not throw.
-    void before_credit(std::function<void()> release) { release_ = std::move(release); }
+    // What comes before the credit; false: it gives the credit itself, later. Must not throw.
+    void before_credit(std::function<bool()> release) { release_ = std::move(release); }
 
   private:
     std::shared_ptr<const Ring> ring_;
     std::shared_ptr<Memory> region_;
     std::byte* payload_;
     std::uint64_t seq_;
-    std::function<void()> release_;
+    std::function<bool()> release_;
 };
 
 // What `source` passes of this kind for a link; waits for it.
@@ -75,6 +74,7 @@ class Receiver {
     // Whether the address lies in one of this link's memories that are still in use.
     bool owns(const void* pointer) const;
 
+    const std::shared_ptr<const Ring>& ring() const { return ring_; }
     const LinkName& link() const { return link_; }
     int source() const { return source_; }
     // 1 while this end sleeps until a message comes; who clears it wakes.

@@ -114,9 +114,9 @@ class CudaTransport:
         if link.target in self._hosts:
             return shm_receiver(self._job, number, link)
         device = self._devices[link.target]
-        context, place = self._context(device), (_DLPACK[device.type], device.index or 0)
+        context = self._context(device)
         if link.source in self._hosts:
-            staged = _C.StagedReceiver(self._job, number, link.name, link.source, link.slots, context, place)
+            staged = _C.StagedReceiver(self._job, number, link.name, link.source, link.slots, context)
             self._receiving.append(staged)
             return StagedReceiver(link, staged, device)
         end = _C.DeviceReceiver(
@@ -129,7 +129,7 @@ class CudaTransport:
             _CODECS[link.codec],
             context,
             self._wait_on_host,
-            place,
+            (_DLPACK[device.type], device.index or 0),
         )
         self._receiving.append(end)
         return CudaReceiver(link, end, device, alone=self._rank is None)

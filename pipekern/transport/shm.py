@@ -57,7 +57,7 @@ class ShmReceiver:
         self,
         link: Link,
         end: _C.Receiver | _C.StagedReceiver,
-        recv: Callable[[int, float], Message | tuple[_C.Arrival | _C.StagedBundle, bytes, int] | None],
+        recv: Callable[[int, float], Message | tuple[_C.Arrival, bytes, int] | None],
     ):
         """``recv``: that of ``end``."""
         self.link = link
@@ -161,7 +161,7 @@ def leave(reference: weakref.ref[Any]) -> None:
     transport.close()
 
 
-def _unbundle(arrival: _C.Arrival | _C.StagedBundle, descriptor: bytes) -> Any:
+def _unbundle(arrival: _C.Arrival, descriptor: bytes) -> Any:
     offset = aligned(len(descriptor))
 
     def tensor_of(spec: message.TensorSpec) -> Tensor:

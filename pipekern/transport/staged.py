@@ -2,8 +2,9 @@
 
 The CPU's end is that of ``shm.py``: it computes in the slot, and sends by one copy into it. The other side registers
 the slots, which are host memory, with the driver. What it sends is copied straight into a slot by a stream, which
-announces the message when it is through; what comes is copied into memory of the device by a stream of the link's own,
-for which the receiving stream waits. No call waits for the device. All tensors of the CPU arrive on the device.
+announces the message when it is through. What comes are tensors of the CPU in their slots, out of which a copy to the
+device need not be waited for (``non_blocking``): a slot is free again after what the stream that was current when its
+message was received has queued when the last view dies. No call here waits for the device.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class StagedSender(DeviceSender[_C.StagedSender]):
 
 
 class StagedReceiver(ShmReceiver):
-    """From a rank on the CPU to ``device``; what it returns is for the current stream."""
+    """From a rank on the CPU to one on ``device``; what it returns may be used in the current stream."""
 
     def __init__(self, link: Link, end: _C.StagedReceiver, device: torch.device):
         super().__init__(link, end, lambda tag, wait: end.recv(tag, wait, current_stream(device)))
