@@ -15,6 +15,7 @@ from pipekern.errors import ConfigError
 from pipekern.kernels.adamw_step import adamw_step, hyper_row
 from pipekern.kernels.language import FLOATS
 from pipekern.optim.launches import Launches, fresh_moment
+from pipekern.transport.value import moved
 
 Share = Callable[[Tensor, list[nn.Parameter]], Tensor]
 
@@ -111,8 +112,8 @@ class AdamW(torch.optim.Optimizer):
         for launch in self._launches.launches:
             there = launch.device
             adamw_step(
-                launch.table, self._hyper(there), launch.progress, stats.to(there, non_blocking=True),
-                None if scale is None else scale.to(there, non_blocking=True),
+                launch.table, self._hyper(there), launch.progress, moved(stats, there),
+                None if scale is None else moved(scale, there),
                 self.stochastic_rounding and launch.dtype is torch.bfloat16, zero_grads=True,
             )  # fmt: skip
         self._zeroed = {grad: grad._version for grad in self._launches.grads if grad is not None}

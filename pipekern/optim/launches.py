@@ -13,6 +13,7 @@ from pipekern.errors import ConfigError
 from pipekern.kernels.grad_stats import grad_stats
 from pipekern.kernels.table import Table
 from pipekern.parallel.tensor import local
+from pipekern.transport.value import moved
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -69,7 +70,7 @@ class Launches:
 
     def stats(self) -> Tensor:
         """float32 [n, 2]: a row of :func:`grad_stats` for each parameter with a gradient, in their order."""
-        rows = [grad_stats(launch.grads).to(self._home, non_blocking=True) for launch in self.launches]
+        rows = [moved(grad_stats(launch.grads), self._home) for launch in self.launches]
         if self._rows is None:
             return rows[0] if rows else torch.zeros(0, 2, device=self._home)
         return torch.cat(rows)[self._rows]

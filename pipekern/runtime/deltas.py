@@ -76,18 +76,18 @@ class Ties:
                 else:
                     message = self._outgoing.receive(self._receivers[f"tie {rank}>{self._rank}"], TIE_TAG | tag | i)
                     grads[rank] = message.value
-            total = _sum(grads[rank] for rank in sorted(grads))
+            total = _sum([grads[rank] for rank in sorted(grads)], local(parameter).device)
             parameter.grad = None if total is None else as_part(parameter, total)
         self._outgoing.drain()
 
 
-def _sum(grads: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+def _sum(grads: Iterable[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
     there = [grad for grad in grads if grad is not None]
     if not there:
         return None
-    total = there[0].clone()
+    total = there[0].to(device, copy=True)
     for grad in there[1:]:
-        total += grad.to(total.device)
+        total += grad.to(device)
     return total
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from pipekern.errors import ConfigError
+from pipekern.stage.sharing import Tie
 
 Devices = Sequence[str | torch.device] | None
 
@@ -26,6 +27,18 @@ def device_here(given: Devices, rank: int, ranks: int) -> torch.device:
         return existing(_spread(given, ranks)[rank])
     count = torch.cuda.device_count()
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count) if count else torch.device("cpu")
+
+
+def refuse_ties_apart(ties: Sequence[Tie], devices: Sequence[torch.device]) -> None:
+    """Raise ``ConfigError`` for a weight that ranks of this process share on several of ``devices``, by rank."""
+    for tie in ties:
+        places = {name: devices[rank] for rank, name in tie.names.items()}
+        if len(set(places.values())) > 1:
+            there = ", ".join(f"{name} on {device}" for name, device in places.items())
+            raise ConfigError(
+                f"one weight has places on several devices ({there}), and a process holds it once; start a process a "
+                "rank with torchrun, which keeps copies equal, or move the split or devices= so that one device has all"
+            )
 
 
 def existing(device: str | torch.device) -> torch.device:

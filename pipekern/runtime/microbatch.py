@@ -11,7 +11,7 @@ import torch
 
 from pipekern.errors import ConfigError
 from pipekern.stage.random import mix
-from pipekern.transport.value import distinct, map_places, map_tensors, tensors
+from pipekern.transport.value import distinct, map_places, map_tensors, moved, tensors
 
 
 def batch_size(value: Any, name: str) -> int:
@@ -74,15 +74,16 @@ def join(parts: Sequence[Any]) -> Any:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors on ``device``, each a leaf that requires a gradient if it did; those of the CPU as
-    they are if they stay there.
+    """``value`` with its tensors on ``device``, each a leaf that requires a gradient if it did; what is on the CPU and
+    stays there as it is.
     """
-    return map_tensors(lambda t: t if t.is_cpu and device.type == "cpu" else _move_leaf(t, device), value)
+    if device.type == "cpu" and all(tensor.is_cpu for tensor in tensors(value)):
+        return value
+    return map_tensors(lambda t: _move_leaf(t, device), value)
 
 
 def _move_leaf(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    there = device.type != "cpu"  # a copy to the host that nobody waits for may be read too early
-    return tensor.detach().to(device, non_blocking=there).requires_grad_(tensor.requires_grad)
+    return moved(tensor.detach(), device).requires_grad_(tensor.requires_grad)
 
 
 def digest(*values: Any) -> int:

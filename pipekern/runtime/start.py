@@ -17,7 +17,7 @@ from pipekern.runtime.assembly import Assembly, build_stages, build_units
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
 from pipekern.runtime.codecs import link_codecs
 from pipekern.runtime.costs import LayerCosts
-from pipekern.runtime.devices import device_here, devices_here
+from pipekern.runtime.devices import device_here, devices_here, refuse_ties_apart
 from pipekern.runtime.head_loss import choose_head
 from pipekern.runtime.heap import keep_freed_memory
 from pipekern.runtime.limits import limits, memory_of
@@ -178,7 +178,9 @@ def agreed(
             rows = [memory_of(options.module, device, site.devices.count(device)) for device in site.devices]
             options = replace(options, memory=limits(rows, lambda a, b: True))
         with given:
-            return options, draw(options, len(site.devices), model=model)
+            blueprint = draw(options, len(site.devices), model=model)
+        refuse_ties_apart(blueprint.ties, site.own)
+        return options, blueprint
     options = _informed(options, world, site.devices[world.rank])
 
     def drawn() -> tuple[Blueprint, dict[str, Any]]:

@@ -70,6 +70,11 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return map_places(once, value)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. A copy to the CPU alone is waited for, which nothing else keeps from being read early."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 def _collect(item: Any, found: list[Tensor], other: Callable[[Any], object] | None) -> None:
     kind = type(item)
     if isinstance(item, Tensor):

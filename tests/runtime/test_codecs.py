@@ -136,6 +136,7 @@ def test_refused(codec: dict[str, str], text: str) -> None:
 
 def test_without_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codecs, "choose", lambda *_: "cuda")
+    monkeypatch.setattr(codecs, "hosts", lambda _: frozenset())
     with pytest.raises(pk.ConfigError, match=r"give split=pk.profile\(module, x\)"):
         _pipeline(codec="auto", ranks=2)
 
