@@ -42,7 +42,7 @@ def gather_json(
             if time.monotonic() > deadline:
                 missing = [r for r in range(other, ranks) if not store.check([f"{name}/{r}"])] or [other]
                 raise TransportTimeout(
-                    f"rank {rank} waited {timeout:g} s at '{name}' for {_ranks(missing)}: start all ranks together, "
+                    f"rank {rank} waited {timeout:g} s at '{name}' for {named(missing)}: start all ranks together, "
                     "look at what the late ones printed, or give a longer timeout",
                     missing[0],
                 )
@@ -65,7 +65,7 @@ def disagreements(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             text = json.dumps(row[key], sort_keys=True) if key in row else "not given"
             holders.setdefault(text, []).append(rank)
         found += [
-            f"{key}: {one} on {_ranks(holders[one])}, but {other} on {_ranks(holders[other])}"
+            f"{key}: {one} on {named(holders[one])}, but {other} on {named(holders[other])}"
             for one, other in combinations(holders, 2)
         ]
     return found
@@ -82,5 +82,5 @@ def spans(ranks: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def named(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {spans(ranks)}"

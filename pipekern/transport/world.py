@@ -17,11 +17,13 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
 
 from pipekern._version import __version__
 from pipekern.errors import ConfigError, TransportTimeout
 from pipekern.transport.agree import gather_json
 from pipekern.transport.control import Control
+from pipekern.transport.meeting import meet
 
 _SHARED = ("boot", "net", "pid_namespace")  # what two processes share on one host: boot id and namespaces
 
@@ -32,12 +34,10 @@ class World:
     def __init__(self, timeout: float):
         self.rank, self.size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
         self._gathers = 0
-        store = c10d._get_default_store()
-        # A connection of its own: whoever waits in the default one blocks it. The number keeps jobs apart that one
-        # process group runs one after the other; every rank joins the same ones.
-        number = store.add(f"pipekern/joined/{self.rank}", 1)
-        clone = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
-        self._store = dist.PrefixStore(f"pipekern/{number}", clone)  # type: ignore[attr-defined]  # not re-exported
+        # A connection of its own: whoever waits in the default one blocks it.
+        store = c10d._get_default_store().clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+        name = meet(store, self.rank, self.size, timeout)
+        self._store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]  # not re-exported
         in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.control = Control(self._store, self.rank, self.size, timeout, None if in_launcher else 0)
         self.identities = self.gather(identity())
@@ -87,7 +87,7 @@ def join(name: str, timeout: float) -> World | None:
         )
     if not ready:
         try:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            _form_group(timedelta(seconds=timeout))
         except dist.DistError as error:
             size = os.environ["WORLD_SIZE"]
             raise TransportTimeout(
@@ -96,6 +96,14 @@ def join(name: str, timeout: float) -> World | None:
             ) from error
         atexit.register(_destroy_group)  # and not in close: another pipeline may use it by then
     return World(timeout)
+
+
+def _form_group(timeout: timedelta) -> None:
+    """The default process group, under a name of its own in the launcher's store: gloo finds peers by their rank."""
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    name = meet(store, rank, size, timeout.total_seconds())
+    fresh = dist.PrefixStore(name, store)  # type: ignore[attr-defined]  # not re-exported
+    dist.init_process_group("gloo", store=fresh, rank=rank, world_size=size, timeout=timeout)
 
 
 def _destroy_group() -> None:

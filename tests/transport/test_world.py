@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pipekern.errors import Aborted, ConfigError, PeerDied, TransportTimeout
 from pipekern.transport.world import identity, join, same_host
-from tests.launch import launch, values
+from tests.launch import launch, rendezvous, values
 
 
 def meets() -> Any:
@@ -56,6 +56,13 @@ def in_the_users_group() -> Any:
 @pytest.mark.parametrize("store", ["outside", "rank 0"])
 def test_jobs_follow_each_other_in_the_users_process_group(store: str) -> None:
     assert values(launch(in_the_users_group, 2, store=store)) == [2.0, 2.0]
+
+
+def test_jobs_of_other_ranks_follow_each_other_in_a_launchers_store() -> None:
+    """As after a restart by torchrun: what the ranks before have written under their numbers is still there."""
+    with rendezvous("outside") as address:
+        for ranks in (2, 3, 2):
+            assert [row[1] for row in values(launch(meets, ranks, environ=address))] == [ranks] * ranks
 
 
 def too_few() -> Any:
