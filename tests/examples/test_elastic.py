@@ -71,7 +71,11 @@ def _agent(job: Job, folder: str, step: int) -> None:
         rdzv_configs={"is_host": "0", "last_call_timeout": 1, "keep_alive_interval": 1, "keep_alive_max_attempt": 3},
         start_method="fork",
     )
-    elastic_launch(config, job)(folder, step)
+    elastic_launch(config, _started)(job, folder, step)
+
+
+def _started(job: Job, folder: str, step: int) -> None:
+    job(folder, step)
 
 
 def _wait_for(file: Path) -> None:
