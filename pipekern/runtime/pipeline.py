@@ -20,7 +20,7 @@ from pipekern.optim.scale import LossScale
 from pipekern.parallel.mesh import Mesh
 from pipekern.parallel.plan import Plan
 from pipekern.plan.offload import Offload
-from pipekern.runtime import microbatch, optimizer, saving
+from pipekern.runtime import microbatch, optimizer, pretrained, saving
 from pipekern.runtime import move as moving
 from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.batch import Batch, divide
@@ -376,15 +376,24 @@ class Pipeline:
             self._step, data = saving.load(self._parts, self._optimizer, self.loss_scale, self._options.seed, folder)
         return data
 
+    def load_weights(self, folder: str | os.PathLike[str]) -> Any:
+        """Take parameters and buffers alone out of the checkpoint in ``folder``: to evaluate, or to begin anew from
+        them, with any optimizer and seed; collective. All else of this pipeline stays as it is.
+
+        Returns ``data``, and raises ``CheckpointError``, as :meth:`load` does.
+        """
+        with self._running():
+            return saving.load_weights(self._parts, folder)
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the model into ``folder`` as its own ``save_pretrained`` does, for ``from_pretrained`` of transformers;
         collective. All ranks see one file system, which for a while holds the weights twice.
 
         Raises ``ConfigError`` for a model that is not of transformers, ``CheckpointError`` where writing fails.
         """
-        saving.refuse_foreign(self._parts.blueprint.root)
+        pretrained.refuse_foreign(self._parts.blueprint.root)
         with self._running():
-            saving.save_pretrained(self._parts, folder)
+            pretrained.save_pretrained(self._parts, folder)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages is at most ``max_norm``; collective.

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipekern.checkpoint.agree import Gather, together
 from pipekern.checkpoint.load import Checkpoint
 from pipekern.checkpoint.save import Shard
 from pipekern.checkpoint.save import save as save_shards
-from pipekern.errors import CheckpointError, ConfigError
+from pipekern.errors import CheckpointError
 from pipekern.optim.scale import LossScale
 from pipekern.parallel.tensor import whole
 from pipekern.runtime import generators
@@ -89,7 +87,7 @@ def save(
     parts: Assembly, optimizer: Optimizer, scale: LossScale | None, step: int, seed: int, folder: Folder, data: Any
 ) -> None:
     """See ``Pipeline.save``."""
-    rank, gather = parts.star.number, _gather(parts.star)
+    rank, gather = parts.star.number, gather_of(parts.star)
     names = Names.of(parts.blueprint)
     kept: list[OptimizerState | None] = []
     together(lambda: kept.append(state_of(parts, names, optimizer)), gather)
@@ -103,7 +101,7 @@ def save(
         return {**row, "optimizer": state, "random": generators.numbers()}
 
     def shards() -> Iterator[Shard]:
-        yield from _shards(files)
+        yield from shards_of(files)
         states = generators.states(parts.devices)
         yield f"random-{rank:05d}", lambda: {_random_key(rank, name): state for name, state in states.items()}
 
@@ -112,61 +110,59 @@ def save(
 
 def load(parts: Assembly, optimizer: Optimizer, scale: LossScale | None, seed: int, folder: Folder) -> tuple[int, Any]:
     """Steps taken and ``data``; see ``Pipeline.load``."""
-    rank, gather = parts.star.number, _gather(parts.star)
-    names = Names.of(parts.blueprint)
-    ready: list[tuple[Checkpoint, OptimizerState | None, Targets]] = []
+    rank, names = parts.star.number, Names.of(parts.blueprint)
+    kept: list[OptimizerState | None] = []
 
-    def check() -> str:
-        checkpoint, own = Checkpoint(folder), state_of(parts, names, optimizer)
-        _refuse(_differences(parts, names, own, seed, checkpoint), folder)
-        mine = targets(parts, names, own, checkpoint)
+    def find(checkpoint: Checkpoint) -> tuple[Targets, list[str]]:
+        kept.append(state_of(parts, names, optimizer))
+        _refuse([*_differences(parts, names, checkpoint), *_strange(kept[0], seed, checkpoint)], folder)
         random = _random_key(_source(rank, checkpoint), "")
-        checkpoint.verify([*(key for key, _ in mine), *(key for key in checkpoint.entries if key.startswith(random))])
-        ready.append((checkpoint, own, mine))
-        return checkpoint.digest
+        return targets(parts, names, kept[0], checkpoint), [key for key in checkpoint.entries if key.startswith(random)]
 
-    if len(set(together(check, gather))) > 1:
-        raise CheckpointError(f"the ranks read different checkpoints in {folder}; all must see one file system")
-    ((checkpoint, own, mine),) = ready
-    _apply(parts, checkpoint, own, mine, _source(rank, checkpoint))
-    gather(None)  # a rank that fails from here on aborts the job: nobody goes on with half of it
+    checkpoint, mine = _agreed(parts, folder, find)
+    _apply(parts, checkpoint, kept[0], mine, _source(rank, checkpoint))
+    gather_of(parts.star)(None)  # a rank that fails from here on aborts the job: nobody goes on with half of it
     values = checkpoint.values
     if scale is not None and values[0]["loss scale"] is not None:
         scale.load(values[0]["loss scale"])
     return values[0]["step"], values[_source(rank, checkpoint)]["data"]
 
 
-def refuse_foreign(root: nn.Module) -> None:
-    """Raise ``ConfigError`` for a model that ``save_pretrained`` is not for."""
-    if not hasattr(getattr(root, "config", None), "save_pretrained") or not hasattr(root, "save_pretrained"):
-        raise ConfigError(
-            f"save_pretrained of a {type(root).__name__}, which has no config with a save_pretrained of its own; that "
-            "is for models of Hugging Face transformers: use save"
-        )
+def load_weights(parts: Assembly, folder: Folder) -> Any:
+    """``data``; see ``Pipeline.load_weights``."""
+    names = Names.of(parts.blueprint)
+
+    def find(checkpoint: Checkpoint) -> tuple[Targets, list[str]]:
+        _refuse([*_differences(parts, names, checkpoint)], folder)
+        return targets(parts, names, None, checkpoint), []
+
+    checkpoint, mine = _agreed(parts, folder, find)
+    _put(checkpoint, mine)
+    gather_of(parts.star)(None)
+    return checkpoint.values[_source(parts.star.number, checkpoint)]["data"]
 
 
-def save_pretrained(parts: Assembly, folder: Folder) -> None:
-    """See ``Pipeline.save_pretrained``."""
-    root: Any = parts.blueprint.root
-    rank, gather = parts.star.number, _gather(parts.star)
-    names, staging = Names.of(parts.blueprint), Path(folder) / ".weights"
+def _agreed(
+    parts: Assembly, folder: Folder, find: Callable[[Checkpoint], tuple[Targets, list[str]]]
+) -> tuple[Checkpoint, Targets]:
+    """The checkpoint in ``folder`` and what this process takes out of it, once every process has compared its part with
+    the digests. ``find`` says what, and which keys it needs besides.
+    """
+    ready: list[tuple[Checkpoint, Targets]] = []
 
-    def write() -> None:
-        checkpoint = Checkpoint(staging)
-        tensors = {name: checkpoint.tensor(f"model/{name}") for name in names.unit}
-        state = {name: tensors[names.first[name]] for name in parts.blueprint.state}
-        root.save_pretrained(folder, state_dict=state)
+    def check() -> str:
+        checkpoint = Checkpoint(folder)
+        mine, besides = find(checkpoint)
+        checkpoint.verify([*(key for key, _ in mine), *besides])
+        ready.append((checkpoint, mine))
+        return checkpoint.digest
 
-    files = sources(parts, names, None)
-    try:
-        save_shards(staging, _shards(files), dict, rank=rank, gather=gather)
-        together(lambda: write() if rank == 0 else None, gather)
-    finally:
-        if rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
+    if len(set(together(check, gather_of(parts.star)))) > 1:
+        raise CheckpointError(f"the ranks read different checkpoints in {folder}; all must see one file system")
+    return ready[0]
 
 
-def _gather(star: Star) -> Gather:
+def gather_of(star: Star) -> Gather:
     def gather(row: Any) -> list[Any]:
         text = torch.frombuffer(bytearray(json.dumps(row).encode()), dtype=torch.uint8)
         rows = [other for pipeline in star.everywhere(text) for other in pipeline]
@@ -195,7 +191,7 @@ def state_of(parts: Assembly, names: Names, optimizer: Optimizer) -> OptimizerSt
     return None if optimizer is None else OptimizerState(optimizer, own)
 
 
-def _shards(files: dict[int, Sources]) -> Iterator[Shard]:
+def shards_of(files: dict[int, Sources]) -> Iterator[Shard]:
     for index, entries in files.items():
         if entries:
             yield f"unit-{index:05d}", partial(_called, entries)
@@ -220,10 +216,8 @@ def _source(rank: int, checkpoint: Checkpoint) -> int:
     return rank if rank < len(checkpoint.values) else 0
 
 
-def _differences(
-    parts: Assembly, names: Names, optimizer: OptimizerState | None, seed: int, checkpoint: Checkpoint
-) -> Iterator[str]:
-    values = checkpoint.values[0]
+def _differences(parts: Assembly, names: Names, checkpoint: Checkpoint) -> Iterator[str]:
+    """In parameters and buffers."""
     saved = {key.removeprefix("model/") for key in checkpoint.entries if key.startswith("model/")}
     yield from (f"{name} is not in the checkpoint" for name in names.unit if name not in saved)
     yield from (f"{name} is in the checkpoint, not in the model" for name in sorted(saved) if name not in names.unit)
@@ -235,10 +229,16 @@ def _differences(
             here = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
             if there != here:
                 yield f"{name} is {there} in the checkpoint, {here} here"
-    for name in sorted(names.ties.keys() | values["ties"].keys()):
-        there, here = values["ties"].get(name, "nothing"), names.ties.get(name, "nothing")
+    ties = checkpoint.values[0]["ties"]
+    for name in sorted(names.ties.keys() | ties.keys()):
+        there, here = ties.get(name, "nothing"), names.ties.get(name, "nothing")
         if there != here:
             yield f"{name} is tied to {there} in the checkpoint, to {here} here"
+
+
+def _strange(optimizer: OptimizerState | None, seed: int, checkpoint: Checkpoint) -> Iterator[str]:
+    """In what is not the model's."""
+    values = checkpoint.values[0]
     if values["seed"] != seed:
         yield f"seed is {values['seed']} in the checkpoint, {seed} here"
     if optimizer is not None and values["optimizer"] is not None:
@@ -247,7 +247,10 @@ def _differences(
         yield "the checkpoint has no state of an optimizer, this pipeline has an optimizer: make it after load"
     elif values["optimizer"] is not None:
         kind = values["optimizer"]["class"]
-        yield f"the checkpoint has the state of {kind}, this pipeline has no optimizer: call pipe.optimizer(...) first"
+        yield (
+            f"the checkpoint has the state of {kind}, this pipeline has no optimizer: call pipe.optimizer(...) first, "
+            "or pipe.load_weights, which takes parameters and buffers alone"
+        )
 
 
 def _refuse(differences: Iterable[str], folder: Folder) -> None:
@@ -264,9 +267,13 @@ def _apply(
 ) -> None:
     if optimizer is not None:
         optimizer.restore([row["optimizer"] for row in checkpoint.values])
-    with torch.no_grad():
-        for key, put in mine:
-            put(checkpoint.tensor(key))
+    _put(checkpoint, mine)
     prefix = _random_key(source, "")
     states = {key.removeprefix(prefix): checkpoint.tensor(key) for key in checkpoint.entries if key.startswith(prefix)}
     generators.restore(parts.devices, states, checkpoint.values[source]["random"])
+
+
+def _put(checkpoint: Checkpoint, mine: Targets) -> None:
+    with torch.no_grad():
+        for key, put in mine:
+            put(checkpoint.tensor(key))

@@ -18,7 +18,7 @@ import pipekern as pk
 from pipekern.checkpoint.load import Checkpoint
 from tests.launch import launch, values
 from tests.runtime.models import KINDS, batches, build
-from tests.runtime.step import union
+from tests.runtime.step import PLACES, run, union
 
 MICROBATCHES = 4
 
@@ -100,6 +100,44 @@ def test_golden_checkpoint(tmp_path: Path) -> None:
     other, _ = pipeline(3)
     assert other.load(tmp_path) == {"epoch": 3, "batch": 1}
     assert torch.equal(other.train_step(x, y), want)
+
+
+def _weights_alone(ranks: int, folder: str) -> list[Any]:
+    """Saved after a step of AdamW; taken by a pipeline that has never stepped, and by one of another optimizer, split
+    and seed.
+    """
+    x, y = torch.ones(4, 2), torch.ones(4, 3)
+
+    def pipeline(**options: Any) -> pk.Pipeline:
+        net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.BatchNorm1d(3))
+        return pk.Pipeline(net, loss_fn=F.mse_loss, microbatches=2, ranks=ranks, timeout=20.0, **options)
+
+    def step(pipe: pk.Pipeline, optimizer: torch.optim.Optimizer) -> Tensor:
+        pipe.train_step(x, y)
+        optimizer.step()
+        optimizer.zero_grad()
+        return pipe.eval_step(x, y)
+
+    with pipeline() as pipe:
+        want = step(pipe, pipe.optimizer(torch.optim.AdamW, lr=0.1))
+        pipe.save(folder, "data")
+    with pipeline() as plain:
+        found = [plain.load_weights(folder), torch.equal(plain.eval_step(x, y), want)]
+    with pipeline(split=[1, 2], seed=5) as other:
+        optimizer = other.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+        step(other, optimizer)
+        before, random = [state["momentum_buffer"].clone() for state in optimizer.state.values()], torch.get_rng_state()
+        found += [other.load_weights(folder), torch.equal(other.eval_step(x, y), want)]
+        after = [state["momentum_buffer"] for state in optimizer.state.values()]
+        found += [all(map(torch.equal, before, after)), torch.equal(random, torch.get_rng_state()), other._step]
+    return found
+
+
+@PLACES
+def test_weights_alone(processes: bool, tmp_path: Path) -> None:
+    """Whatever the checkpoint knows of optimizer, seed and steps; those of the pipeline stay."""
+    for found in run(processes, _weights_alone, 2, str(tmp_path)):
+        assert found == ["data", True, "data", True, True, True, 1]
 
 
 class State(NamedTuple):

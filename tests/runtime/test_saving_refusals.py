@@ -35,7 +35,7 @@ def _refused(ranks: int, folder: str) -> list[str]:
         (tied, {"seed": 7}, torch.optim.SGD),
         (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), {}, None),
     ]
-    texts = []
+    texts, weights = [], []
     for model, options, optimizer in models:
         with _perceptron(ranks, model=model, **options) as pipe:
             if optimizer is not None:
@@ -44,18 +44,26 @@ def _refused(ranks: int, folder: str) -> list[str]:
             with pytest.raises(pk.CheckpointError) as refusal:
                 pipe.load(folder)
             texts.append(str(refusal.value))
+            if model is not models[-1][0]:
+                with pytest.raises(pk.CheckpointError) as refusal:
+                    pipe.load_weights(folder)
+                weights.append(str(refusal.value))
             assert all(torch.equal(value, before[0][name]) for name, value in pipe.state_dict().items())
             assert torch.equal(torch.get_rng_state(), before[1])
             if options:
                 pipe.train_step(torch.ones(4, 4), torch.ones(4, 4))
-    return texts
+    return texts + weights
 
 
 @PLACES
 def test_every_difference_is_listed_and_nothing_changes(processes: bool, tmp_path: Path) -> None:
     results = run(processes, _refused, 2, str(tmp_path))
     assert all(texts == results[0] for texts in results), "the ranks say different things"
-    shapes, names, others, without = results[0]
+    shapes, names, others, without, *weights = results[0]
+    for text, all_of_it in zip(weights, (shapes, names, others), strict=True):
+        lines, every = text.splitlines(), all_of_it.splitlines()
+        assert [line for line in every if line in lines] == lines, "load_weights refuses the same of weights"
+        assert not [line for line in lines if "seed" in line or "optimizer" in line]
     assert "0.weight is float32 [4, 4] in the checkpoint, float32 [5, 4] here" in shapes
     assert "0.bias is float32 [4] in the checkpoint, float32 [5] here" in shapes
     assert "1.weight is float32 [4, 4] in the checkpoint, float64 [4, 5] here" in shapes
@@ -67,6 +75,7 @@ def test_every_difference_is_listed_and_nothing_changes(processes: bool, tmp_pat
     assert "seed is 0 in the checkpoint, 7 here" in others
     assert "the optimizer is AdamW in the checkpoint, SGD here" in others
     assert "the checkpoint has the state of AdamW, this pipeline has no optimizer" in without
+    assert "pipe.load_weights" in without
 
 
 def _damage(folder: str, path: str) -> tuple[str, bool, float]:
