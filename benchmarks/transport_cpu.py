@@ -27,6 +27,7 @@ import torch.distributed as dist
 from benchmarks.pipelines.machine import describe
 from benchmarks.record import write
 from benchmarks.two_ranks import start
+from pipekern import _C
 from pipekern.transport.base import Link
 from pipekern.transport.shm import ShmReceiver, ShmSender, ShmTransport
 
@@ -144,6 +145,7 @@ def _turns(size: int, sender: ShmSender, receiver: ShmReceiver) -> dict[str, Cal
         return leading if rank == 0 else answering
 
     raw_sender, raw_receiver = sender.end, receiver.end
+    assert isinstance(raw_receiver, _C.Receiver)
     return {
         "gloo": both(lambda: dist.send(mine, 1 - rank), lambda: dist.recv(other, 1 - rank)),
         "tensor": both(lambda: sender.send(1, mine), lambda: receiver.recv(1)),

@@ -71,7 +71,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``. A copy to the CPU alone is waited for, which nothing else keeps from being read early."""
+    """``tensor`` on ``device``. A copy to the CPU is waited for: nothing else would keep it from being read early."""
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
