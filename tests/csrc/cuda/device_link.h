@@ -80,6 +80,18 @@ struct Link {
     }
 };
 
+// A stream that goes on only when the test says so.
+struct Gate {
+    std::atomic<bool> open{false};
+    void hold(const Mine& mine) {
+        const Current current(*mine.context);
+        const auto wait = [](void* data) {
+            while (!static_cast<Gate*>(data)->open.load()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        };
+        demand(Driver::get().launch_host(mine.handle(), wait, this), "the test");
+    }
+};
+
 // Puts the stand-in's knobs back.
 struct Knobs {
     ~Knobs() {

@@ -5,18 +5,6 @@ using namespace device_link;
 
 namespace {
 
-// A stream that goes on only when the test says so.
-struct Gate {
-    std::atomic<bool> open{false};
-    void hold(const Mine& mine) {
-        const Current current(*mine.context);
-        const auto wait = [](void* data) {
-            while (!static_cast<Gate*>(data)->open.load()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        };
-        demand(Driver::get().launch_host(mine.handle(), wait, this), "the test");
-    }
-};
-
 // Every call that a whole exchange makes fails once: each time it raises, or goes another way; it neither hangs nor
 // leaks.
 void each_call_fails_once(bool on_host, bool staged) {
