@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pipekern.parallel.tensor import local
+from pipekern.transport.value import by_device
 
 
 def partials(parameters: Mapping[int, nn.Parameter], norm_type: float) -> torch.Tensor:
@@ -37,6 +38,6 @@ def scale(parameters: Iterable[nn.Parameter], max_norm: float, total: torch.Tens
     ``torch.nn.utils.clip_grad_norm_``.
     """
     factor = float(max_norm / (total + 1e-6))
-    grads = [local(p.grad) for p in parameters if p.grad is not None]
-    if factor < 1.0 and grads:
-        torch._foreach_mul_(grads, factor)
+    if factor < 1.0:
+        for grads in by_device(local(p.grad) for p in parameters if p.grad is not None):
+            torch._foreach_mul_(grads, factor)

@@ -15,6 +15,7 @@ from pipekern.parallel.tensor import as_part, local
 from pipekern.runtime.outgoing import TIE_TAG, Outgoing
 from pipekern.stage.sharing import Tie
 from pipekern.transport.base import Link, Receiver, Sender
+from pipekern.transport.value import by_device
 
 
 def tie_links(ties: Sequence[Tie]) -> list[Link]:
@@ -103,8 +104,7 @@ class Deltas:
         """Divide the step's own gradients."""
         if divisor == 1.0:
             return
-        grads = [local(p.grad) for p, _ in self._before if p.grad is not None]
-        if grads:
+        for grads in by_device(local(p.grad) for p, _ in self._before if p.grad is not None):
             torch._foreach_div_(grads, divisor)
 
     def merge(self) -> None:

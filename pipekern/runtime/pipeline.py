@@ -52,8 +52,9 @@ class Pipeline:
     micro-batch.
 
     * ``loss_fn(output, y)`` returns a scalar, which counts by its samples, or a pair (sum, count).
-    * ``devices``: one a rank; by default the GPUs, else the CPU, where the process keeps the memory that it frees, see
-      ``runtime/heap.py``. ``chunks``: stages a rank; by default the schedule's own.
+    * ``devices``: one a rank, in any mix (``["cuda:0", "cuda:1", "cpu"]``), or one for all; by default the GPUs, else
+      the CPU, where the process keeps the memory that it frees, see ``runtime/heap.py``, and torch's threads. Under a
+      launcher this process's entry counts. ``chunks``: stages a rank; by default the schedule's own.
     * ``schedule``: a name, a ``Schedule``, or ``"auto"``: what has the shortest simulated step.
     * ``split``: units a stage, or ``LayerCosts`` from ``pk.profile``; by default estimated.
     * ``recompute``: ``"full"`` keeps the input of each unit and runs it again in the backward, ``"selective"`` also

@@ -17,7 +17,7 @@ from pipekern.runtime.assembly import Assembly, build_stages, build_units
 from pipekern.runtime.blueprint import Blueprint, draw, free_others, owned
 from pipekern.runtime.codecs import link_codecs
 from pipekern.runtime.costs import LayerCosts
-from pipekern.runtime.devices import device_here, devices_here, refuse_ties_apart
+from pipekern.runtime.devices import Devices, device_here, devices_here, refuse_ties_apart
 from pipekern.runtime.head_loss import choose_head
 from pipekern.runtime.heap import keep_freed_memory
 from pipekern.runtime.limits import limits, memory_of
@@ -54,7 +54,7 @@ def start(options: Options) -> Assembly:
 
 def _site(options: Options, world: World | None) -> Site:
     if world is None:
-        ranks = _size(options.ranks, None)
+        ranks = _size(options.ranks, None, options.devices)
         devices = devices_here(options.devices, ranks)
         return Site(Grid.of(options.mesh, 1), FIRST, None, devices, [range(ranks)], None, NO_LIMIT)
     grid, device = compared(world, lambda: _grid(options, world))
@@ -220,8 +220,8 @@ def _wants_memory(options: Options) -> bool:
     return "auto" in (options.recompute, options.offload) and options.memory is None
 
 
-def _size(ranks: int | None, grid: Grid | None) -> int:
-    """The number of pipeline ranks."""
+def _size(ranks: int | None, grid: Grid | None, devices: Devices = None) -> int:
+    """The number of pipeline ranks; where this process has all, one for each of several ``devices``."""
     if grid is not None:
         _, dp, tp = sizes = grid.sizes
         if ranks not in (None, sizes.pp):
@@ -231,6 +231,8 @@ def _size(ranks: int | None, grid: Grid | None) -> int:
                 f"launch {ranks * dp * tp if ranks else 1}"
             )
         return sizes.pp
+    if ranks is None and devices is not None and len(devices) > 1:
+        return len(devices)
     size = (torch.cuda.device_count() or 2) if ranks is None else ranks
     if size < 1:
         raise ConfigError(f"ranks={ranks}; a pipeline has at least one")

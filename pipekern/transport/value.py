@@ -70,6 +70,14 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return map_places(once, value)
 
 
+def by_device(found: Iterable[Tensor]) -> list[list[Tensor]]:
+    """``found`` in lists of one device each, which torch's foreach functions are made for."""
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in found:
+        groups.setdefault(tensor.device, []).append(tensor)
+    return list(groups.values())
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``. A copy to the CPU is waited for: nothing else would keep it from being read early."""
     return tensor.to(device, non_blocking=device.type != "cpu")
