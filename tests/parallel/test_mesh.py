@@ -124,6 +124,16 @@ def _groups(sizes: dict[str, int]) -> list[list[int] | None]:
     return [None if group is None else dist.get_process_group_ranks(group) for group in found]
 
 
+def test_devices_of_two_kinds_in_one_group() -> None:
+    """Refused on every rank before any group is made; each pipeline rank may have a kind of its own."""
+    grid = Grid.of({"dp": 2, "pp": 2}, 4)
+    card, cpu = torch.device("cuda", 0), torch.device("cpu")
+    for rank in range(4):
+        with pytest.raises(ConfigError, match=r"replicas of pipeline rank 1 .* \(rank 1 on cuda:0, rank 3 on cpu\)"):
+            groups(grid, rank, [card, card, card, cpu], "dp", 30.0)
+        assert groups(grid, rank, [card, cpu, cpu, card], "tp", 30.0) is None
+
+
 def test_groups() -> None:
     """Those of one place but for the named dimension, in its order; none where a process would be alone."""
     assert values(launch(_groups, 4, {"dp": 2, "pp": 2})) == [

@@ -158,3 +158,25 @@ def test_a_link_with_an_end_on_the_cpu_does_not_cast() -> None:
         assert "codec='bf16' on link 0>1" in told and "only links between CUDA devices cast" in told
     for chosen in values(launch(codecs, 2, "fake-mixed-even", "auto")):
         assert chosen == {"0>1": "none", "1>0": "none"}
+
+
+def replicated(name: str) -> dict[str, Tensor]:
+    fake_cuda.load(name)
+    with pk.Pipeline(
+        model("plain").float(),
+        loss_fn=nn.MSELoss(),
+        microbatches=2,
+        mesh={"dp": 2, "pp": 2},
+        zero=1,
+        transport="shm" if name == "shm" else "cuda",
+    ) as pipe:
+        steps(pipe, pipe.optimizer(pk.optim.AdamW), 2)
+        return {key: value.clone() for key, value in pipe.state_dict().items()}
+
+
+def test_replicas_of_a_pipeline_over_both_kinds() -> None:
+    """The first rank of each pipeline is on a device, the second on the CPU."""
+    fake_cuda.library()
+    wanted, got = (values(launch(replicated, 4, name)) for name in ("shm", "fake-mixed-odd"))
+    for own, other in zip(wanted, got, strict=True):
+        assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own)
