@@ -67,6 +67,11 @@ class Executor:
             times.append(now())
         outgoing.drain()
 
+    def wrap(self, place: int, wrapper: Callable[[Callable[[int], None]], Callable[[int], None]]) -> None:
+        """From now on the instruction at ``place`` runs what ``wrapper`` makes of its method."""
+        method, microbatch = self._steps[place]
+        self._steps[place] = wrapper(method), microbatch
+
     def where(self) -> str:
         """The instruction that was under way when :meth:`run` raised."""
         if not self.times:

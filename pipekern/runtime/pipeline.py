@@ -219,7 +219,7 @@ class Pipeline:
         return join(groups, ids, eos_token_id)
 
     def _batch(self, x: Any, y: Any, training: bool) -> Batch:
-        self._executor.times.clear()
+        self._executor.times = []
         parts = self._parts
         batch = divide(x, y, parts.blueprint.schedule, parts.stages, training, not parts.star.alone)
         batch.step, batch.step_key = self._step, step_key(self._options.seed, self._step)

@@ -1,126 +1,157 @@
 """Where the time of every step goes, and which stage has become slow.
 
-The clocks are those that the executor keeps anyway, of the host: on a CUDA device they tell how long a stage's work
-takes to queue, and to wait for where it must. Numbers travel with the flags by which all ranks agree at the end of a
-step, so that nobody waits for them.
+Numbers travel with the flags by which all ranks agree at the end of a step, so that nobody waits for them.
 
-A stage is judged by the median of its micro-batches: what interrupts one (another process, a garbage collection) is not
-the stage's speed. ``Stats`` has sums.
+Two times of a stage are judged. What its fastest micro-batch of a step takes, times their number, has next to no noise:
+what interrupts one (another process, a garbage collection) does not show. But a neighbour on the same core, or a quota
+of its time, is nothing but interruptions: so sums are judged as well, over several steps, for they scatter.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
-from collections.abc import Sequence
-from operator import sub
-from statistics import median
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from statistics import fmean, median
 from typing import Any
 
-from pipekern.plan.drift import Drift
+from pipekern.plan.drift import SUMS, Drift
 from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.executor import Placed
 from pipekern.runtime.stats import RankStats, Stats
+from pipekern.runtime.ticks import Clock, Lap
 from pipekern.schedule.comms import RECEIVES
 from pipekern.trace.timeline import COMPUTE
 from pipekern.transport.value import tensors
 
-_RECENT = 15  # steps whose medians are told
-_LEAST = 5  # heard steps without which there is no median
-_UNHEARD = 64  # steps that are kept for an exchange at most
-TOGETHER = 3  # steps that are told at once: an exchange costs as much for several as for one
+BLOCK = 5  # steps whose sums are judged together, and that are told at once: several cost hardly more than one
+BLOCKS = 3  # of whose means the median is told: what comes now and then counts, one stray does not
+_UNREAD = 64  # steps that are kept for an exchange at most
 
 
 class Watch:
-    """Watches the steps of ``parts``."""
+    """Watches the steps of ``parts``. ``slow`` has the stages that have become slower than they were, by (rank of the
+    job, stage): how many times; the same on every rank.
+    """
 
     def __init__(self, parts: Assembly):
         self._parts = parts
+        self._clock = Clock(parts.train, {index: stage.device for index, stage in parts.stages.items()})
         schedule, star = parts.blueprint.schedule, parts.star
         own = range(schedule.ranks) if star.rank is None else [star.rank]
         self._sorted = {rank: _by_kind(parts.train.placed, rank) for rank in own}
         self._works = [
-            [where for (s, kind), where in kinds.items() if s == stage and kind in COMPUTE]
+            [_taker(where) for (s, kind), where in kinds.items() if s == stage and kind in COMPUTE]
             for rank, kinds in self._sorted.items()
             for stage in schedule.stages_of(rank)
         ]
-        self._recent: deque[tuple[list[int], int]] = deque(maxlen=_RECENT)
-        self._unheard: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=_UNHEARD)
+        self._recent: deque[tuple[list[int], int]] = deque(maxlen=BLOCKS * BLOCK)
+        self._unread: deque[tuple[int, Lap]] = deque(maxlen=_UNREAD)
         self._steps = 0
+        self._due = False  # whether this step's numbers are told, on all ranks
+        ranks = [(pipeline, rank) for pipeline in range(star.pipelines) for rank in range(schedule.ranks)]
         self._watched = [
-            (pipeline * schedule.ranks + rank, stage)
-            for pipeline in range(star.pipelines)
-            for rank in range(schedule.ranks)
-            for stage in schedule.stages_of(rank)
+            (pipeline * schedule.ranks + rank, stage) for pipeline, rank in ranks for stage in schedule.stages_of(rank)
         ]
-        self._drift = Drift(len(self._watched))
-        self._heard: deque[list[int]] = deque(maxlen=_RECENT)
-
-    @property
-    def slow(self) -> dict[tuple[int, int], float]:
-        """The stages that have become slower than they were, by (rank of the job, stage): how many times; the same on
-        every rank.
-        """
-        return {self._watched[part]: factor for part, factor in self._drift.slow.items()}
+        processes = [len(self._watched)] if star.rank is None else [len(schedule.stages_of(rank)) for _, rank in ranks]
+        self._widths = [1 + 2 * stages for stages in processes]
+        self._told: list[deque[list[int]]] = [deque() for _ in processes]
+        self._fastest = Drift(len(self._watched))
+        self._sums = Drift(len(self._watched), SUMS)
+        self.slow: dict[tuple[int, int], float] = {}
+        self._block: list[list[int]] = []  # sums of the block that is not yet full, each step's after its work
+        self._blocks: deque[list[int]] = deque(maxlen=BLOCKS)
 
     @property
     def heard(self) -> int:
-        """Of how many recent steps :meth:`busy` is the median."""
-        return len(self._heard)
+        """Of how many recent steps :meth:`busy` tells."""
+        return BLOCK * len(self._blocks)
 
     def busy(self) -> list[float] | None:
-        """Seconds a step that each stage of the schedule computes, of replicas the slowest: medians of recent steps,
-        the same numbers on every rank. None until enough steps are heard of.
+        """Seconds a step that each stage of the schedule computes, of replicas the slowest; the same numbers on every
+        rank. None until there are enough steps since the start, or since a stage became slow or fast again.
         """
-        if len(self._heard) < _LEAST:
+        if not self._blocks:
             return None
         stages = [0.0] * self._parts.blueprint.schedule.stages
-        for (_, stage), times in zip(self._watched, zip(*self._heard, strict=True), strict=True):
-            stages[stage] = max(stages[stage], median(times) / 1e9)
+        for (_, stage), times in zip(self._watched, zip(*self._blocks, strict=True), strict=True):
+            stages[stage] = max(stages[stage], median(times) / BLOCK / 1e9)
         return stages
 
     def note(self, batch: Batch) -> None:
         """Take the clocks of the step on ``batch`` that has just run."""
         work = 0 if batch.inputs is None else sum(tensor.numel() for tensor in tensors(batch.inputs[0]))
-        self._unheard.append((work, tuple(self._parts.train.times)))
+        self._unread.append((work, self._clock.take()))
         self._steps += 1
 
     def tell(self) -> str:
-        """For all ranks: what this one has noted, once it is enough to be worth an exchange. For :meth:`hear`."""
-        return self._rows() if len(self._unheard) >= TOGETHER else ""
+        """For all ranks: what this one has noted of steps that its devices are past, once it is enough to be worth the
+        time, or at once where a stage may be slow. For :meth:`hear`.
+        """
+        self._due = self._steps % BLOCK == 0 or self._fastest.in_doubt
+        return self._numbers() if self._due else ""
 
-    def _rows(self) -> str:
-        rows = []
-        for work, times in self._unheard:
-            spent = list(map(sub, times[1:], times))
-            rows.append([work, *(sum(_typical(spent, where) for where in kinds) for kinds in self._works)])
-            self._recent.append((spent, times[-1] - times[0]))
-        self._unheard.clear()
-        return json.dumps(rows)
+    def _numbers(self) -> str:
+        numbers: list[int] = []
+        while self._unread and self._unread[0][1].done():
+            work, lap = self._unread.popleft()
+            spent, whole = self._clock.read(lap)
+            self._recent.append((spent, whole))
+            numbers.append(work)
+            for kinds in self._works:
+                rows = [take(spent) for take in kinds]
+                numbers += sum([min(row) * len(row) for row in rows]), sum(map(sum, rows))
+        return " ".join(map(str, numbers))
 
     def hear(self, told: Sequence[str]) -> None:
         """Judge what all processes of the job have told, in their order; each text has one character before it."""
-        if len(told[0]) == 1:
-            return
-        rows = [json.loads(text[1:]) for text in told]
-        for number, step in enumerate(zip(*rows, strict=True)):
-            work = sum(row[0] for row in step) or 1
-            times = [time for row in step for time in row[1:]]
-            self._heard.append(times)
-            for part, factor in self._drift.see(times, work):
-                self._say(self._steps - len(rows[0]) + number, *self._watched[part], factor)
+        if self._due:
+            self._take(told)
 
-    def _say(self, step: int, rank: int, stage: int, factor: float) -> None:
+    def _take(self, told: Sequence[str]) -> None:
+        for text, width, steps in zip(told, self._widths, self._told, strict=True):
+            numbers = list(map(int, text[1:].split()))
+            steps.extend(numbers[at : at + width] for at in range(0, len(numbers), width))
+        while all(self._told):
+            self._judge([steps.popleft() for steps in self._told])
+
+    def _judge(self, rows: Sequence[Sequence[int]]) -> None:
+        """One step; of each process its work, and of each stage what its fastest micro-batches and all of them take."""
+        work = sum([row[0] for row in rows])
+        changes = self._fastest.see([time for row in rows for time in row[1::2]], work or 1)
+        for part, factor in changes:
+            if factor == 1.0:
+                self._sums.forget(part)
+        self._block.append([work, *[time for row in rows for time in row[2::2]]])
+        if len(self._block) == BLOCK:
+            work, *sums = map(sum, zip(*self._block, strict=True))
+            changes += self._sums.see(sums, work or 1)
+            self._blocks.append(sums)
+            self._block.clear()
+        if changes:
+            self._say()
+        elif self.slow:
+            self.slow = self._slow()
+
+    def _slow(self) -> dict[tuple[int, int], float]:
+        both = self._fastest.slow, self._sums.slow
+        return {self._watched[part]: max(slow.get(part, 1.0) for slow in both) for part in sorted(set().union(*both))}
+
+    def _say(self) -> None:
+        """What has become slow and what is no longer; the steps until then tell nothing of those to come."""
+        self._block.clear()
+        self._blocks.clear()
+        before, self.slow = self.slow, self._slow()
         if self._parts.star.number:
             return
-        log = logging.getLogger("pipekern")
-        if factor == 1.0:
+        log, step = logging.getLogger("pipekern"), self._steps - 1 - len(self._told[0])
+        for rank, stage in before.keys() - self.slow.keys():
             log.info("step %d: stage %d (rank %d) is as fast as before", step, stage, rank)
-        else:
+        for rank, stage in self.slow.keys() - before.keys():
             text = "step %d: stage %d (rank %d) has become %.2f times slower than it was, the others have not"
-            log.warning(text, step, stage, rank, factor)
+            log.warning(text, step, stage, rank, self.slow[rank, stage])
 
     def exchange(self) -> None:
         """Tell and hear all that has not been told yet; collective."""
@@ -129,19 +160,21 @@ class Watch:
 
     def stats(self) -> Stats:
         """Of recent steps; collective."""
-        everywhere = self._parts.star.everywhere([" " + self._rows(), self._medians()])
-        self.hear([text for pipeline in everywhere for text, _ in pipeline])
+        for _, lap in self._unread:
+            lap.wait()
+        everywhere = self._parts.star.everywhere([" " + self._numbers(), self._smooth()])
+        self._take([text for pipeline in everywhere for text, _ in pipeline])
         ranks = tuple(_stats(*rank) for pipeline in everywhere for _, own in pipeline for rank in own)
-        return Stats(ranks, self._steps, self.slow)
+        return Stats(ranks, self._steps, dict(self.slow))
 
-    def _medians(self) -> list[list[Any]]:
+    def _smooth(self) -> list[list[Any]]:
         """Of each rank here: (stage, kind, seconds) of what it does, and seconds from its first clock to its last."""
-        recent = self._recent or [([0] * len(self._parts.train.placed), 0)]
-        step = median(whole for _, whole in recent) / 1e9
+        recent = list(self._recent) or [([0] * len(self._parts.train.placed), 0)]
 
         def seconds(where: Sequence[int]) -> float:
-            return median(sum(spent[i] for i in where) for spent, _ in recent) / 1e9
+            return _median_of_means([sum(spent[i] for i in where) for spent, _ in recent]) / 1e9
 
+        step = _median_of_means([whole for _, whole in recent]) / 1e9
         return [[[(*key, seconds(where)) for key, where in row.items()], step] for row in self._sorted.values()]
 
 
@@ -155,9 +188,14 @@ def _by_kind(placed: Sequence[Placed], rank: int) -> dict[tuple[int, str], list[
     return found
 
 
-def _typical(spent: Sequence[int], where: Sequence[int]) -> int:
-    """What the instructions ``where`` would take if each took their median: one that was interrupted does not show."""
-    return sorted(map(spent.__getitem__, where))[(len(where) - 1) // 2] * len(where)
+def _taker(where: Sequence[int]) -> Callable[[list[int]], tuple[int, ...]]:
+    """What takes the values at ``where``."""
+    return itemgetter(*where) if len(where) > 1 else lambda spent: (spent[where[0]],)
+
+
+def _median_of_means(values: Sequence[float]) -> float:
+    """Of the means of BLOCK values each, from the newest on."""
+    return median(fmean(values[max(0, end - BLOCK) : end]) for end in range(len(values), 0, -BLOCK))
 
 
 def _stats(rows: Sequence[tuple[int, str, float]], step: float) -> RankStats:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import pipekern as pk
-from pipekern.plan.drift import LEARNING, SETTLING
+from pipekern.plan.drift import STEPS, SUMS
 from pipekern.runtime.stats import RankStats, Stats
-from pipekern.runtime.watch import TOGETHER
+from pipekern.runtime.watch import BLOCK, Watch
 from tests.runtime.step import PLACES, run
 
-READY = SETTLING + LEARNING
+READY = STEPS.settling + STEPS.learning
 
 
 def test_golden() -> None:
@@ -124,6 +127,66 @@ def test_all_ranks_know_how_busy_each_stage_is(processes: bool) -> None:
     assert busy[1] > max(busy[0], busy[2])
 
 
+@contextmanager
+def heard_by_hand() -> Iterator[tuple[Watch, Callable[[float, float, float, float], None]]]:
+    """The watch of two stages, and what lets it hear of a step: ms of the fastest micro-batches, and of all."""
+    with pk.Pipeline(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), loss_fn=nn.MSELoss(), microbatches=1) as pipe:
+        watch = pipe._training.watch
+
+        def hear(*times: float) -> None:
+            a, b, whole_a, whole_b = (round(time * 1e6) for time in times)
+            watch._take([f"16 {a} {whole_a} {b} {whole_b}"])
+
+        yield watch, hear
+
+
+def test_a_stage_that_is_stopped_now_and_then_is_named_by_its_sums(caplog: pytest.LogCaptureFixture) -> None:
+    """A quota: every third step of stage 1 takes 20 ms longer, of 5 ms, and no other does. It is over at once."""
+    with heard_by_hand() as (watch, hear), caplog.at_level("INFO", "pipekern"):
+        for _ in range(BLOCK * (SUMS.settling + SUMS.learning)):
+            hear(4, 4, 5, 5)
+        for step in range(20):
+            hear(4, 4, 5, 25 if step % 3 == 0 else 5)
+        assert watch.slow.keys() == {(1, 1)} and 2 < watch.slow[1, 1] < 3
+        for step in range(10):
+            hear(4, 4, 5, 25 if step % 3 == 0 else 5)
+        busy = watch.busy()
+        assert busy is not None and busy[0] == 0.005 and 0.008 < busy[1] < 0.02
+        for _ in range(4 * BLOCK):
+            hear(4, 4, 5, 5)
+        assert watch.slow == {}
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and "stage 1 (rank 1) has become" in lines[0] and "as fast as before" in lines[1], lines
+
+
+def test_what_is_busy_starts_anew_with_a_change() -> None:
+    """Single strays do not show in it, a stage that has become slow does within ten steps, and when that is over."""
+    with heard_by_hand() as (watch, hear):
+        for step in range(READY + 20):
+            hear(4, 4, 5, 100 if step == READY + 17 else 5)
+        assert watch.busy() == [0.005, 0.005] and watch.heard == 15
+        for times, steps, slow in (((4, 8, 5, 10), 3, {(1, 1)}), ((4, 4, 5, 5), 4, set())):
+            for _ in range(steps):
+                assert watch.slow.keys() != slow
+                hear(*times)
+            assert watch.slow.keys() == slow and watch.busy() is None
+            for _ in range(5):
+                hear(*times)
+            assert watch.busy() == [0.005, times[3] / 1000] and watch.heard == 5
+
+
+def test_processes_whose_devices_lag() -> None:
+    """Steps are put together however late one process tells of them, and judged once all have."""
+    with heard_by_hand() as (watch, _):
+        watch._widths, watch._told = [3, 3], [deque(), deque()]
+        watch._take(["18 1 1 8 2 2", "1"])
+        watch._take(["18 3 3", "10 1 1"])
+        assert [len(steps) for steps in watch._told] == [2, 0]
+        watch._take(["1", "10 2 2 0 3 3"])
+        assert [len(steps) for steps in watch._told] == [0, 0] and len(watch._block) == 3
+        assert watch._block == [[8, 1, 1], [8, 2, 2], [8, 3, 3]]
+
+
 def _accounted(ranks: int, schedule: str) -> tuple[Stats, list[float]]:
     net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
     x = torch.randn(12, 8)
@@ -151,6 +214,6 @@ def test_every_nanosecond_is_told(processes: bool, schedule: str) -> None:
 def test_before_the_first_step_and_with_one_rank() -> None:
     with pk.Pipeline(nn.Sequential(nn.Linear(2, 2)), loss_fn=nn.MSELoss(), microbatches=1, ranks=1) as pipe:
         assert (pipe.stats().step, pipe.stats().imbalance, pipe.stats().steps) == (0.0, 1.0, 0)
-        for _ in range(READY + 2 * TOGETHER):
+        for _ in range(READY + 2 * BLOCK):
             pipe.train_step(torch.ones(1, 2), torch.ones(1, 2))
         assert pipe.stats().slow == {}
