@@ -80,7 +80,7 @@ class Lap(NamedTuple):
 
     def done(self) -> bool:
         """Whether all devices are past it."""
-        return all(row[-1].done() for row in self.ticks)
+        return not self.ticks or all(row[-1].done() for row in self.ticks)
 
     def wait(self) -> None:
         """Until they are."""
