@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankStats:
-    """One rank's seconds a step, medians of recent ones: ``stages[s][op]`` computing (F, B, W or BW); ``waiting``
-    for messages and gathered values; ``sending``, which never waits; ``step`` from its first instruction to its last.
+    """One rank's seconds a step, medians of the means of five steps each: ``stages[s][op]`` computing (F, B, W or BW);
+    ``waiting`` for messages and gathered values; ``sending``, which never waits; ``step`` from its first instruction to
+    its last.
     """
 
     stages: Mapping[int, Mapping[str, float]]
