@@ -59,7 +59,7 @@ Delivery DeviceReceiver::take(std::uint64_t tag, StreamHandle consumer) {
 
     const std::lock_guard lock(mutex_);
     const Current current(*context_);
-    expect(*delivery.arrival, consumer);
+    Mark& mark = expect(*delivery.arrival, consumer);
     const Slots* slots = slots_of(arrival, delivery.parcel);
     if (slots && (slots->way == Way::kStaged || delivery.parcel.casts)) {
         land(delivery, *slots, consumer);
@@ -68,18 +68,21 @@ Delivery DeviceReceiver::take(std::uint64_t tag, StreamHandle consumer) {
         if (slots) delivery.base = slots->slot(arrival.seq(), taken_.size());
         if (slots) delivery.memory = slots->memory;
     }
-    mark(consumer);
+    mark.end();
     return delivery;
 }
 
-// From now on a stream waits for the message, and its credit comes after the work of `consumer`.
-void DeviceReceiver::expect(Arrival& arrival, StreamHandle consumer) {
+// From now on `consumer` waits for the message, and its credit comes after the work there.
+Mark& DeviceReceiver::expect(Arrival& arrival, StreamHandle consumer) {
     const std::uint64_t seq = arrival.seq();
     arrival.before_credit([self = shared_from_this(), seq, consumer] {
         self->give_back(seq, consumer);
         return true;
     });
     taken_[(seq - 1) % taken_.size()] = seq;
+    Mark& mark = consumers_.mark(consumer);
+    mark.begin();
+    return mark;
 }
 
 // What the header or the table after the descriptor says of the message's tensors.
@@ -158,10 +161,10 @@ bool DeviceReceiver::take_into(std::uint64_t tag, StreamHandle consumer, const D
     const Current current(*context_);
     const std::uint64_t seq = arrival->seq();
     const Slots* slots = slots_of(*arrival, parcel);
-    expect(*arrival, consumer);
+    Mark& mark = expect(*arrival, consumer);
     flags_->wait(consumer, board_->lane(seq).data, seq);
     if (slots) kernels_.add(parcel.parts[0], into.data, slots->slot(seq, taken_.size()), consumer);
-    mark(consumer);
+    mark.end();
     return true;
 }
 
@@ -171,26 +174,20 @@ void DeviceReceiver::give_back(std::uint64_t seq, StreamHandle consumer) noexcep
     if (closed_) return;
     try {
         const Current current(*context_);
+        Mark& mark = consumers_.mark(consumer);
+        mark.begin();
         flags_->write(consumer, board_->lane(seq).credit, seq, nullptr);
-        mark(consumer);
+        mark.end();
     } catch (const Failure& failure) {
         job_->abort("rank " + std::to_string(job_->rank()) + " failed, giving a slot of link '" + host_.link().name +
                     "' back: " + failure.what());
     }
 }
 
-void DeviceReceiver::mark(StreamHandle consumer) { consumers_[consumer].record(consumer); }
-
 // Whether streams are through with the link.
 bool DeviceReceiver::drained() const {
-    try {
-        const Current current(*context_);
-        for (const auto& [stream, event] : consumers_)
-            if (!event.passed()) return false;
-        return landing_->idle() && rescue_->idle();
-    } catch (const Failure&) {  // the device has failed: nothing runs on it any more
-        return true;
-    }
+    return idle_or_lost(*context_, consumers_) && idle_or_lost(*context_, *landing_) &&
+           idle_or_lost(*context_, *rescue_);
 }
 
 bool DeviceReceiver::owns(std::uintptr_t pointer) const {
@@ -241,21 +238,18 @@ void DeviceReceiver::close() {
     if (job_->session()->inherited.load()) return;
     board_->closing().store(1);
     steward_->ring(host_.source());
+    std::int64_t drained_at = 0;
     for (bool through = false; !through; std::this_thread::sleep_for(kLook)) {
         const std::lock_guard lock(mutex_);
-        through = drained();
-    }
-    const int source = host_.source();
-    for (const std::int64_t start = now_ns(); !board_->ended().load() && now_ns() - start < kLetGo;) {
-        if (job_->has_died(source)) break;
-        std::this_thread::sleep_for(kLook);
-    }
-    const std::lock_guard lock(mutex_);
-    closed_ = true;
-    if (!board_->ended().load() && !job_->has_died(source))
+        if (!drained()) continue;  // looked at until the end: a delivery may go while the sender is waited for
+        if (drained_at == 0) drained_at = now_ns();
+        const bool let_go = board_->ended().load() || job_->has_died(host_.source());
+        if (!let_go && now_ns() - drained_at < kLetGo) continue;
+        through = closed_ = true;
         for (auto& [generation, slots] : slots_)
-            if (slots.memory) slots.memory->abandon();
-    slots_.clear();
+            if (!let_go && slots.memory) slots.memory->abandon();
+        slots_.clear();
+    }
 }
 
 }  // namespace pipekern::cuda

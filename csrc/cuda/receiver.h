@@ -8,11 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "cuda/consumers.h"
 #include "cuda/flags.h"
 #include "cuda/kernels.h"
 #include "cuda/parcel.h"
 #include "cuda/steward.h"
-#include "cuda/stream.h"
 #include "transport/dlpack.h"
 #include "transport/receiver.h"
 
@@ -78,10 +78,9 @@ class DeviceReceiver : public Ward, public std::enable_shared_from_this<DeviceRe
 
     std::vector<DeviceTensor> announced(const Arrival& arrival) const;
     const Slots* slots_of(const Arrival& arrival, const Parcel& parcel) const;
-    void expect(Arrival& arrival, StreamHandle consumer);
+    Mark& expect(Arrival& arrival, StreamHandle consumer);
     void land(Delivery& delivery, const Slots& slots, StreamHandle consumer);
     void give_back(std::uint64_t seq, StreamHandle consumer) noexcept;
-    void mark(StreamHandle consumer);
     bool drained() const;
     void grant();
     Slots make_slots(const Board::Want& want, std::uint32_t generation);
@@ -100,9 +99,9 @@ class DeviceReceiver : public Ward, public std::enable_shared_from_this<DeviceRe
     mutable std::mutex mutex_;  // between callers, the threads in which tensors die, and the steward
     std::unique_ptr<Stream> landing_, rescue_;
     std::unique_ptr<Event> landed_;
-    std::map<StreamHandle, Event> consumers_;  // what has been queued last for the link in each
-    std::map<std::uint32_t, Slots> slots_;     // by generation
-    std::vector<std::uint64_t> taken_;         // by slot: the last message that a stream waits for
+    Consumers consumers_;
+    std::map<std::uint32_t, Slots> slots_;  // by generation
+    std::vector<std::uint64_t> taken_;      // by slot: the last message that a stream waits for
     bool closed_ = false;
 };
 

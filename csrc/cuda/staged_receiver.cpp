@@ -28,13 +28,14 @@ StagedReceiver::StagedReceiver(std::shared_ptr<Job> job, LinkName link, int sour
     : job_(std::move(job)), context_(std::move(context)), host_(job_, std::move(link), source) {
     const Current current(*context_);
     credits_ = std::make_unique<Stream>();
-    used_ = std::make_unique<Event>();
 }
 
 std::shared_ptr<Arrival> StagedReceiver::take(std::uint64_t tag, StreamHandle consumer) {
     auto arrival = host_.take(tag);
     if (tensors_of(arrival->header()) >= arrival->header().bytes) return arrival;
     const std::lock_guard lock(mutex_);
+    const Current current(*context_);
+    consumers_.mark(consumer);
     if (regions_.empty() || regions_.back()->host() != arrival->region())
         regions_.push_back(std::make_unique<RegisteredMemory>(context_, arrival->region()));
     arrival->before_credit(
@@ -48,9 +49,11 @@ bool StagedReceiver::give_back(std::uint64_t seq, StreamHandle consumer) noexcep
     if (closed_) return true;
     try {
         const Current current(*context_);
+        Mark& used = consumers_.mark(consumer);
+        used.begin();
         auto credit = std::make_unique<Credit>(Credit{host_.ring(), seq});
-        used_->record(consumer);
-        credits_->wait(*used_);
+        used.end();
+        credits_->wait(used.event());
         demand(Driver::get().launch_host(credits_->handle(), give_credit, credit.get()), "a callback in a stream");
         static_cast<void>(credit.release());
         return false;
@@ -65,7 +68,7 @@ void StagedReceiver::close() {
     if (job_->session()->inherited.load()) return;
     for (bool idle = false; !idle; std::this_thread::sleep_for(kLook)) {
         const std::lock_guard lock(mutex_);
-        idle = idle_or_lost(*context_, *credits_);
+        idle = idle_or_lost(*context_, consumers_) && idle_or_lost(*context_, *credits_);
         if (!idle) continue;
         closed_ = true;
         regions_.clear();

@@ -7,8 +7,8 @@
 #include <mutex>
 #include <vector>
 
+#include "cuda/consumers.h"
 #include "cuda/memory.h"
-#include "cuda/stream.h"
 #include "transport/receiver.h"
 
 namespace pipekern::cuda {
@@ -40,7 +40,7 @@ class StagedReceiver : public std::enable_shared_from_this<StagedReceiver> {
     Receiver host_;
     std::mutex mutex_;                 // between callers and the threads in which tensors die
     std::unique_ptr<Stream> credits_;  // gives them, so that no consumer waits for a callback
-    std::unique_ptr<Event> used_;
+    Consumers consumers_;
     std::vector<std::unique_ptr<RegisteredMemory>> regions_;  // outgrown ones may still be read; they are smaller
     bool closed_ = false;
 };

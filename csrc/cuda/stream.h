@@ -35,6 +35,14 @@ class Event {
     EventHandle handle_ = nullptr;
 };
 
+// Whether all work of a stream of the current context has been done.
+inline bool is_idle(StreamHandle stream) {
+    const int result = Driver::get().stream_query(stream);
+    if (result == kNotReady) return false;
+    demand(result, "earlier work on a stream");
+    return true;
+}
+
 // Does not wait for the legacy default stream, nor it for this one. Made in the current context.
 class Stream {
   public:
@@ -49,12 +57,7 @@ class Stream {
     void wait(const Event& event) {
         demand(Driver::get().stream_wait_event(handle_, event.handle(), 0), "waiting for an event");
     }
-    bool idle() const {
-        const int result = Driver::get().stream_query(handle_);
-        if (result == kNotReady) return false;
-        demand(result, "earlier work on a copy stream");
-        return true;
-    }
+    bool idle() const { return is_idle(handle_); }
 
   private:
     StreamHandle handle_ = nullptr;

@@ -174,7 +174,8 @@ API(cuIpcCloseMemHandle, Pointer pointer) {
 }
 API(cuStreamCreate, StreamHandle* stream, unsigned) {
     IN_CONTEXT;
-    auto* made = new Stream{new_queue()};
+    auto* made = new Stream;
+    made->queue = new_queue();
     const std::lock_guard lock(state().mutex);
     state().streams.insert(made);
     *stream = reinterpret_cast<StreamHandle>(made);
@@ -189,7 +190,10 @@ API(cuStreamDestroy_v2, StreamHandle stream) {
     return 0;
 }
 API(cuStreamQuery, StreamHandle stream) {
-    return stream && reinterpret_cast<Stream*>(stream)->pending->load() ? cuda::kNotReady : 0;
+    if (!stream) return 0;
+    auto& asked = *reinterpret_cast<Stream*>(stream);
+    asked.asked.fetch_add(1);
+    return asked.pending->load() ? cuda::kNotReady : 0;
 }
 API(cuStreamSynchronize, StreamHandle stream) {
     COUNTED;

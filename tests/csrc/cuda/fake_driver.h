@@ -24,6 +24,9 @@ FAKE_VISIBLE Knobs& knobs();
 // takes. Setting it starts `fail` anew.
 FAKE_VISIBLE std::atomic<int>& calls();
 
+// How often it has been asked of a stream whether it is through.
+FAKE_VISIBLE int asked(const void* stream);
+
 // What has not been given back: "2 streams, 1 allocation"; empty when all has.
 FAKE_VISIBLE std::string leaks();
 

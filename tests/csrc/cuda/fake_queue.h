@@ -79,6 +79,7 @@ struct Event {
 struct Stream {
     std::shared_ptr<Queue> queue;
     std::shared_ptr<std::atomic<int>> pending = std::make_shared<std::atomic<int>>(0);
+    std::atomic<int> asked{0};
 
     void add(std::function<void()> operation) {
         pending->fetch_add(1);

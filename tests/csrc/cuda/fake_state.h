@@ -117,6 +117,8 @@ std::atomic<int>& calls() {
     return count;
 }
 
+int asked(const void* stream) { return static_cast<const Stream*>(stream)->asked.load(); }
+
 std::string leaks() {
     State& all = state();
     const std::lock_guard lock(all.mutex);

@@ -1,4 +1,5 @@
 // What ends a link between devices: failing calls of the driver, parked streams of a failed job.
+#include "cuda/staged_receiver.h"
 #include "device_link.h"
 
 using namespace device_link;
@@ -75,6 +76,59 @@ void a_parked_send_is_released() {
     gate.open = true;
 }
 
+// Holds a stream until it is asked itself whether it is through. Outlives the stream.
+struct Question {
+    StreamHandle stream = nullptr;
+    int before = 0;
+    void hold(const Mine& mine) {
+        stream = mine.handle();
+        before = fake::asked(stream);
+        const Current current(*mine.context);
+        const auto wait = [](void* data) {
+            const auto& self = *static_cast<Question*>(data);
+            while (fake::asked(self.stream) == self.before) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        };
+        demand(Driver::get().launch_host(stream, wait, this), "the test");
+    }
+};
+
+// The event after a credit is refused: a link that closes asks the stream before it gives back what it writes the
+// credit to.
+void a_credit_without_an_event_is_waited_for() {
+    const Knobs restore;
+    Question question;
+    Link link(1);
+    CHECK(link.send(1, {1}));
+    Delivery delivery = link.receiver->take(1, link.target.handle());
+    link.target.synchronize();
+    question.hold(link.target);
+    fake::calls() = 0;
+    fake::knobs().fail = 2;  // after the credit's write
+    delivery = {};
+    CHECK_RAISES(Fault::kAborted, 0, "recording an event", link.job->check());
+}
+
+// The same of a slot in host memory that the stream still reads.
+void a_read_without_an_event_is_waited_for() {
+    const Knobs restore;
+    Question question;
+    const auto job = ranks::alone();
+    const Mine target;
+    Sender sender(job, {0, "0>0", 1}, 0);
+    const auto receiver = std::make_shared<StagedReceiver>(job, LinkName{0, "0>0", 1}, 0, target.context);
+    const std::uint32_t word = 7;
+    const Piece piece{&word, sizeof word};
+    CHECK(sender.send({1, 0, kU32, 1, 0, {1}}, &piece, 1));
+    auto arrival = receiver->take(1, target.handle());
+    question.hold(target);
+    target.copy(target.memory->pointer(), arrival->payload(), sizeof word);
+    fake::calls() = 0;
+    fake::knobs().fail = 1;
+    arrival = {};
+    CHECK_RAISES(Fault::kAborted, 0, "recording an event", job->check());
+    receiver->close();
+}
+
 }  // namespace
 
 int main() {
@@ -84,5 +138,7 @@ int main() {
     a_parked_receive_is_released(false);
     a_parked_receive_is_released(true);
     a_parked_send_is_released();
+    a_credit_without_an_event_is_waited_for();
+    a_read_without_an_event_is_waited_for();
     CHECK_EQUAL(fake::leaks(), std::string());
 }
