@@ -10,25 +10,18 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pipekern.errors import ConfigError
 from pipekern.parallel.tensor import local
 from pipekern.stage.chain import Forward, chains
 from pipekern.stage.deferral import Deferral
 from pipekern.stage.head import Head
 from pipekern.stage.offload import Offload
+from pipekern.stage.refusal import refusal
 from pipekern.stage.unit import Unit
 from pipekern.stage.work import Work
 from pipekern.transport.message import refuse
 from pipekern.transport.value import distinct, map_tensors, tensors
 
 _Root = torch.Tensor | GradientEdge
-_REFUSED = {  # what torch says, and what it means here
-    "a leaf Variable that requires grad": "writes into its input in place, which autograd forbids on a received "
-    "tensor; write to a copy, or give the module that writes an attribute `inplace = True`, and the stage copies its "
-    "input",
-    "yet support saved tensor hooks": "uses torch.func within its forward, which cannot be put away nor run again; use "
-    "torch.autograd.grad, or leave out offload and recompute",
-}
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow")
 
 
@@ -48,8 +41,8 @@ class Stage:
     unit i (see ``random.py``). Values between stages are those of ``transport/message.py``.
     With ``defers`` weight gradients wait for :meth:`backward_weight` where a layer can put them off. ``recompute[i]``
     says what of unit i is made again in the backward, see ``recompute.py``; by default nothing. A ``head`` is left to
-    the loss, which is given its input. ``dtype`` is what the model's first stage makes of a batch's floats. ``offload``
-    says which micro-batches are put away between forward and backward.
+    the loss, which is given its input. ``dtype`` is what stages compute in and the first one makes of a batch's floats.
+    ``offload`` says which micro-batches are put away between forward and backward.
     """
 
     def __init__(
@@ -69,7 +62,7 @@ class Stage:
         self.index = index
         self._root = root
         self.head = head
-        self._dtype = dtype if index == 0 else None
+        self._precision, self._dtype = dtype, dtype if index == 0 else None
         self.units = list(units)
         self.device = device
         again = recompute or ["none"] * len(units)
@@ -125,10 +118,10 @@ class Stage:
                 if loss is not None:  # it may go backward on its own through layers that put work off
                     value = loss(value)
         except RuntimeError as error:
-            text = next((text for sign, text in _REFUSED.items() if sign in str(error)), None)
-            if text is None:
+            meant = refusal(error, self.index, self._root, self._precision)
+            if meant is None:
                 raise
-            raise ConfigError(f"stage {self.index} {text}") from error
+            raise meant from error
         # What could not travel is refused here, also where the next stage is on this rank: it may hide tensors.
         outputs = _gradient_leaves(value, refuse)
         if offload is None:
@@ -163,9 +156,15 @@ class Stage:
     def evaluate(self, value: Any, loss: Callable[[Any], torch.Tensor] | None = None) -> Any:
         """Run the units without random numbers or gradients, and ``loss``; the caller holds ``torch.no_grad()``."""
         value = cast(value, self._dtype)
-        if loss is None:
-            return self._evaluate(self._keys[0], value)
-        return loss(self._evaluate_to_loss(self._keys[0], value))
+        try:
+            if loss is None:
+                return self._evaluate(self._keys[0], value)
+            return loss(self._evaluate_to_loss(self._keys[0], value))
+        except RuntimeError as error:
+            meant = refusal(error, self.index, self._root, self._precision)
+            if meant is None:
+                raise
+            raise meant from error
 
     def backward(self, microbatch: int, gradients: Any) -> Any:
         """Gradients of the forward's leaves, from those of its outputs; both one tensor, or a list, None where there is
