@@ -74,7 +74,8 @@ class Bucket:
         self._gradients: Tensor | None = None
         self._reduced: Tensor | None = None
         self._pending: Pending | None = None
-        self._version = 0
+        self.idle: list[str] = []  # of the last step: what no backward here has written a gradient of
+        self._versions: list[int] = []  # of the gradients, as the step found them, then as the sum did
         self._zeros: dict[Tensor, int] = {}  # gradients that an optimizer has zeroed, and their versions then
         self._gradient_of: dict[str, Tensor | None] = {}  # of the pieces, by name
         self._views_of_gradients: list[Tensor] = []
@@ -145,17 +146,21 @@ class Bucket:
             return
         if self._gradients is None:
             self._gradients = torch.zeros(self.count, dtype=self.gradient_dtype, device=self.values.device)
-            views = zip(self.parameters, self._views(self._gradients), strict=True)
-            self._views_of_gradients = [as_part(parameter, view) for parameter, view in views]
+            views = zip(self.parameters, self._views(self._gradients), strict=True)  # .data: each counts versions alone
+            self._views_of_gradients = [as_part(parameter, view.data) for parameter, view in views]
         else:
             self._gradients.zero_()
         for parameter, view in zip(self.parameters, self._views_of_gradients, strict=True):
             parameter.grad = view
+        self._versions = self._writes()
 
     def reduce(self) -> Pending | None:
         """Begin the sum over replicas, after the last weight work."""
         assert self._gradients is not None and self._replicas is not None
         self._refuse_moved()
+        found, self._versions = self._versions, self._writes()
+        pairs = zip(self.names, found, self._versions, strict=True)
+        self.idle = [name for name, before, after in pairs if before == after]
         if self._zero:
             if self._reduced is None:
                 self._reduced = self._gradients.new_empty(self.count // self._replicas.size)
@@ -163,13 +168,12 @@ class Bucket:
         else:
             self._reduced = self._gradients
             self._pending = self._replicas.sum(self._gradients)
-        self._version = self._writes()
         return self._pending
 
-    def _writes(self) -> int:
-        """So often gradients were written in place; into a DTensor is not into its memory, as versions count."""
-        assert self._gradients is not None
-        return self._gradients._version + sum(view._version for view in self._views_of_gradients if divided(view))
+    def _writes(self) -> list[int]:
+        """How often each gradient was written in place: of a DTensor, as such or into its memory."""
+        views = self._views_of_gradients
+        return [view._version + (local(view)._version if divided(view) else 0) for view in views]
 
     def _refuse_moved(self) -> None:
         """Raise for a gradient that is not where it is summed: it would be left out in silence."""
@@ -192,7 +196,7 @@ class Bucket:
         assert self._pending is not None and self._gradients is not None, "finish before reduce"
         self._pending.wait()
         self._pending = None
-        if self._writes() != self._version:
+        if self._writes() != self._versions:
             raise ConfigError(
                 f"a gradient of {', '.join(self.names)} was written after the last weight work, when its sum over "
                 "replicas had begun; backward hooks must not write into .grad later"

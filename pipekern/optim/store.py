@@ -142,6 +142,21 @@ class Store:
         for bucket in self:
             bucket.finish()
 
+    @property
+    def idle(self) -> list[str]:
+        """Of the last step, the parameters that nothing here has used; none where there is one replica: ``.grad`` is
+        None then.
+        """
+        return [name for bucket in self for name in bucket.idle]
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Let ``.grad`` of these be None, and not zero."""
+        left = set(names)
+        for bucket in self:
+            for piece in bucket.pieces:
+                if piece.name in left:
+                    piece.parameter.grad = None
+
     def mark(self) -> None:
         """After a step of an optimizer that writes low precision and zeroes gradients: see :meth:`Bucket.mark`."""
         for bucket in self:

@@ -38,10 +38,13 @@ def finite(values: Iterable[Tensor]) -> bool:
 
 
 class Judgement(NamedTuple):
-    """``overflow``: only a lower loss scale is needed. ``trouble``: else what is not finite, and where it arose."""
+    """``overflow``: only a lower loss scale is needed. ``trouble``: else what is not finite, and where it arose.
+    ``idle``: all is finite, and some process has parameters that it has not used.
+    """
 
     overflow: bool
     trouble: str
+    idle: bool = False
 
 
 class Guard:
@@ -67,7 +70,8 @@ class Guard:
         self._watch.note(batch)
         if self._policy == "ignore" and self._scale is None:
             return Judgement(False, "")
-        bad = not self._finite(loss)
+        signs = self._signs(loss)
+        bad = "0" in signs
         if self._scale is not None:
             value, helpless = self._scale.value, self._scale.update(bad)
             if bad and not helpless:
@@ -75,15 +79,17 @@ class Guard:
                 logging.getLogger("pipekern").info(text, batch.step, value, self._scale.value)
                 return Judgement(True, "")
         if not bad or self._policy == "ignore":
-            return Judgement(False, "")
+            return Judgement(False, "", not bad and "2" in signs)
         return Judgement(False, f"step {batch.step} is not finite (loss {float(loss):g}), {locate(self._parts, batch)}")
 
-    def _finite(self, loss: Tensor) -> bool:
-        gradients = [p.grad for p in self._parts.parameters.values() if p.grad is not None]
-        everywhere = self._parts.star.everywhere("01"[finite([loss, *gradients])] + self._watch.tell())
-        told = [text for rows in everywhere for text in rows]
+    def _signs(self, loss: Tensor) -> set[str]:
+        """What processes say of their part: 0 not finite, 1 finite, 2 finite with parameters that were not used."""
+        parts = self._parts
+        sound = finite([loss, *(p.grad for p in parts.parameters.values() if p.grad is not None)])
+        sign = "0" if not sound else "2" if parts.store is not None and parts.store.idle else "1"
+        told = [text for rows in parts.star.everywhere(sign + self._watch.tell()) for text in rows]
         self._watch.hear(told)
-        return all(text[0] == "1" for text in told)
+        return {text[0] for text in told}
 
     def report(self, trouble: str) -> None:
         """Raise ``NumericsError``, or say what was dropped."""

@@ -56,14 +56,15 @@ def moments(parts: Assembly, names: Names, optimizer: OptimizerState) -> list[tu
     store = parts.store
     if store is None or not parts.zero:
         return own
-    split = {key for name, key, value in own if value.dim() and value.shape == optimizer.parameter(name).shape}
-    rest = [row for row in own if row[1] not in split]  # such as the number of steps
+    split = {(n, k) for n, k, value in own if value.dim() and value.shape == optimizer.parameter(n).shape}
+    rest = [row for row in own if row[:2] not in split]  # such as the number of steps
     rows = [row for pipeline in parts.star.everywhere((sorted(split), rest)) for row in pipeline]
     found = list({(name, key): (name, key, value) for _, others in rows for name, key, value in others}.values())
-    for key in sorted({key for keys, _ in rows for key in keys}):
+    there = {(name, key) for shards, _ in rows for name, key in shards}
+    for key in sorted({key for _, key in there}):
         laid = store.whole(lambda piece, key=key: optimizer.of(piece.parameter, key))  # type: ignore[misc]
         first = {names.first[name]: value for name, value in laid.items()}
-        found += [(name, key, whole(value)) for name, value in first.items()]
+        found += [(name, key, whole(value)) for name, value in first.items() if (name, key) in there]
     return found
 
 

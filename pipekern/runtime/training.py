@@ -12,6 +12,7 @@ from pipekern.runtime.assembly import Assembly
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.deltas import Deltas
 from pipekern.runtime.executor import Executor
+from pipekern.runtime.idle import unused
 from pipekern.runtime.nonfinite import Guard, finite
 from pipekern.runtime.watch import Watch
 from pipekern.stage.random import preserved
@@ -59,7 +60,7 @@ class Training:
         parts.ties.reduce(batch.tag)
         deltas.divide(parts.loss.scale * (1.0 if verdict.divisor is None else verdict.divisor))
         parts.refuse_held()
-        overflow, trouble = self.guard.judge(batch, verdict.loss)
+        overflow, trouble, idle = self.guard.judge(batch, verdict.loss)
         if overflow or (trouble and self.guard.drops):
             _mend(buffers)
         if overflow:
@@ -67,6 +68,9 @@ class Training:
         elif trouble and self.guard.drops:
             deltas.drop()
         else:
+            names = unused(parts) if idle else []
+            if store is not None:
+                store.leave(names)
             deltas.merge()
         self.loss_is_pair = verdict.divisor is not None
         return verdict.loss, trouble

@@ -155,8 +155,8 @@ class Watch:
 
     def exchange(self) -> None:
         """Tell and hear all that has not been told yet; collective."""
-        told = self._parts.star.everywhere(" " + self._rows())
-        self.hear([text for pipeline in told for text in pipeline])
+        told = self._parts.star.everywhere(" " + self._numbers())
+        self._take([text for pipeline in told for text in pipeline])
 
     def stats(self) -> Stats:
         """Of recent steps; collective."""

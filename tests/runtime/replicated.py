@@ -99,7 +99,7 @@ class Case(NamedTuple):
     steps: int = 3
 
     def make_optimizer(self, make: Callable[..., torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        if self.optimizer == "sgd" or self.kind == "unused":  # which decays nothing that has no gradient
+        if self.optimizer == "sgd":
             return make(torch.optim.SGD, lr=1e-2, momentum=0.9)
         return make(torch.optim.AdamW, lr=1e-3)
 
@@ -236,10 +236,7 @@ def _whole(columns: Sequence[dict[str, Any]], want: dict[str, Any], case: Case) 
     found: dict[str, Any] = {}
     for name, wish in want.items():
         parts = [column[name] for column in columns if name in column]
-        if wish is None and case.dp > 1 and any(part is not None for part in parts):
-            assert all(not part.any() for part in parts), f"{case}: {name} is not used"
-            found[name] = None  # among replicas zeros stand for none
-        elif wish is None or parts[0] is None:
+        if wish is None or parts[0] is None:
             assert all(part is None for part in parts)
             found[name] = None
         elif case.dp == 1 or not case.zero or sum(part.numel() for part in parts) != wish.numel():
