@@ -6,6 +6,7 @@
 
 #include "bindings/bind.h"
 #include "plan/cut.h"
+#include "plan/pool.h"
 
 namespace py = pybind11;
 
@@ -77,6 +78,56 @@ void bind_plan(py::module_& m) {
                 return py::make_tuple(py::cast(cut->bounds), py::cast(cut->devices), bytes_of(cut->total));
             },
             "windows"_a, "limit"_a, "budget"_a);
+    py::class_<plan::Pool>(m, "Pool")
+        .def(py::init([](std::int32_t parts, std::vector<std::int32_t> counts, const py::bytes& done,
+                         const py::bytes& cuts, const py::bytes& factors, const std::vector<py::bytes>& held,
+                         const py::bytes& caps) {
+                 plan::Kinds kinds{parts, std::move(counts), ints_of(done), ints_of(cuts), ints_of(factors),
+                                   {},    ints_of(caps)};
+                 for (const auto& row : held) kinds.held.push_back(ints_of(row));
+                 return std::make_unique<plan::Pool>(std::move(kinds));
+             }),
+             "parts"_a, "counts"_a, "done"_a, "cuts"_a, "factors"_a, "held"_a, "caps"_a)
+        .def(
+            "reaches",
+            [](const plan::Pool& pool, const py::bytes& limit) {
+                const Int most = int_of(limit);
+                plan::Reached reached{};
+                {
+                    const py::gil_scoped_release release;
+                    reached = pool.reaches(most);
+                }
+                return py::make_tuple(reached.may, bytes_of(reached.edge));
+            },
+            "limit"_a)
+        .def(
+            "least_total",
+            [](const plan::Pool& pool, const py::bytes& limit, const py::bytes& budget) {
+                const Int most = int_of(limit), below = int_of(budget);
+                Int least = 0;
+                {
+                    const py::gil_scoped_release release;
+                    least = pool.least_total(most, below);
+                }
+                return bytes_of(least);
+            },
+            "limit"_a, "budget"_a)
+        .def(
+            "cheapest",
+            [](const plan::Pool& pool, const py::bytes& limit, const py::bytes& budget, std::size_t width) {
+                const Int most = int_of(limit), below = int_of(budget);
+                plan::Found found{};
+                {
+                    const py::gil_scoped_release release;
+                    found = pool.cheapest(most, below, width);
+                }
+                py::object cut = py::none();
+                if (found.cut)
+                    cut = py::make_tuple(py::cast(found.cut->bounds), py::cast(found.cut->devices),
+                                         bytes_of(found.cut->total));
+                return py::make_tuple(cut, bytes_of(found.least));
+            },
+            "limit"_a, "budget"_a, "width"_a);
 }
 
 }  // namespace pipekern
