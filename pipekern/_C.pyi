@@ -254,3 +254,23 @@ class Lattice:
         self, windows: Sequence[Sequence[tuple[int, int]]], limit: bytes, budget: bytes
     ) -> tuple[list[int], list[int], bytes] | None:
         """(bounds, devices, total); None where no cut has stages of at most ``limit`` and a total below ``budget``."""
+
+class Pool:
+    """``pipekern.plan.pool``'s, with integers as 16 bytes each, the lowest first."""
+
+    def __init__(
+        self,
+        parts: int,
+        counts: Sequence[int],
+        done: bytes,
+        cuts: bytes,
+        factors: bytes,
+        held: Sequence[bytes],
+        caps: bytes,
+    ) -> None: ...
+    def reaches(self, limit: bytes) -> tuple[bool, bytes]: ...
+    def least_total(self, limit: bytes, budget: bytes) -> bytes: ...
+    def cheapest(
+        self, limit: bytes, budget: bytes, width: int
+    ) -> tuple[tuple[list[int], list[int], bytes] | None, bytes]:
+        """((bounds, kinds, total), least)."""

@@ -98,9 +98,9 @@ Reached Pool::reaches(Int limit) const {
         std::size_t b = 0;
         for (const Int from : exit) {
             while (b + 1 < entry.size() && entry[b + 1] <= limit + from) ++b;
-            if (may)
+            if (may && entry[b] - from <= limit)
                 edge = std::max(edge, entry[b] - from);
-            else if (b + 1 < entry.size())
+            else if (!may && b + 1 < entry.size())
                 edge = std::min(edge, entry[b + 1] - from);
         }
     }

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
 from typing import NamedTuple
 
 from pipekern.errors import ConfigError
-from pipekern.plan.lattice import Lattice, Levels, fixed_order, free_order
+from pipekern.plan import orders
+from pipekern.plan.lattice import Lattice, fixed_order
+from pipekern.plan.pool import Pool
 from pipekern.plan.search import shortest_step, smallest_bottleneck
+from pipekern.plan.solver import Solver
 from pipekern.plan.table import Cut
 from pipekern.schedule.exact import fractions, number, scaled
 
+_MOST_STATES = 1 << 24
 _EXACT_BITS = 64
 _ROUNDED_BITS = 32  # so that the sums of costs of 53 bits mostly fit in the 126 of the compiled table
 
@@ -23,13 +26,15 @@ _ROUNDED_BITS = 32  # so that the sums of costs of 53 bits mostly fit in the 126
 class Partition(NamedTuple):
     """Stage ``k`` has the layers ``bounds[k]`` to ``bounds[k + 1] - 1``, takes ``times[k]`` and is on ``devices[k]``.
 
-    ``bottleneck`` is the largest of ``times``, in the unit of the costs; ints where it is whole.
+    ``bottleneck`` is the largest of ``times``, in the unit of the costs; ints where it is whole. What was asked for,
+    bottleneck or step, is at most 1 + ``gap`` times the smallest there is: 0 where it is proven to be that.
     """
 
     bounds: tuple[int, ...]
     bottleneck: float
     times: tuple[float, ...]
     devices: tuple[int, ...]
+    gap: float = 0.0
 
     def step(self, microbatches: int) -> float:
         """The time of a step without bubbles inside: all stages once, the slowest for every other micro-batch."""
@@ -73,7 +78,12 @@ def partition(
     speeds = [1] * parts if speeds is None else speeds
     if len(speeds) != parts:
         raise ConfigError(f"speeds={list(speeds)}: {parts} stages need {parts} of them, one each")
-    return _solve(fixed_order(parts), costs, speeds, cut_costs, memory, microbatches)
+    line = _line(costs, parts, speeds, cut_costs, memory)
+    lattice = Lattice(fixed_order(parts), line.done, line.cuts, line.factors, line.held, line.caps)
+    cut = smallest_bottleneck(lattice) if microbatches is None else shortest_step(lattice, _checked(microbatches))
+    if cut is None:
+        raise ConfigError(_too_large(line, lambda caps: bool(replace(lattice, caps=caps).windows(lattice.endless))))
+    return line.partition(cut, 0.0)
 
 
 def partition_types(
@@ -88,8 +98,10 @@ def partition_types(
 ) -> Partition:
     """As :func:`partition`, over all orders of devices of a few types: ``counts[t]`` of them with ``speeds[t]``.
 
-    ``parts`` defaults to all devices. ``devices`` of the result are types. The number of states grows with the product
-    of the counts. Raises ``ConfigError`` also where there is no device or fewer than parts.
+    ``parts`` defaults to all devices. ``devices`` of the result are types. The search is over how many devices of each
+    type are in use, with the bounds of Lagrange's relaxation of their numbers, until its result is proven or a set
+    amount of work is done: then ``gap`` tells how much better another one may be. Raises ``ConfigError`` also where
+    there is no device or fewer than parts, and for more than 2²⁴ choices of counts, such as four types of 64.
     """
     if not counts or min(counts) < 0 or sum(counts) < 1 or len(speeds) != len(counts):
         raise ConfigError(
@@ -99,7 +111,40 @@ def partition_types(
     if parts > sum(counts):
         raise ConfigError(f"parts={parts}: there are {sum(counts)} devices, one a stage; nearest parts={sum(counts)}")
     _check_parts(parts, len(costs))
-    return _solve(free_order(parts, counts), costs, speeds, cut_costs, memory, microbatches)
+    present = [kind for kind, count in enumerate(counts) if count]
+    if len(present) == 1:
+        return _of_one_type(present[0], costs, parts, speeds, cut_costs, memory, microbatches)
+    line = _line(costs, parts, speeds, cut_costs, memory)
+    pool = Pool(parts, counts, line.done, line.cuts, line.factors, line.held, line.caps)
+    if pool.states > _MOST_STATES:
+        raise ConfigError(
+            f"counts={list(counts)}: {pool.states} choices of how many are in use are more than {_MOST_STATES}; give "
+            "devices in a fixed order, or take types that are nearly alike as one"
+        )
+    solver = Solver(pool)
+    if microbatches is None:
+        best = orders.smallest_bottleneck(solver)
+    else:
+        best = orders.shortest_step(solver, _checked(microbatches))
+    if best.cut is None:
+        raise ConfigError(_too_large(line, lambda caps: Solver(replace(pool, caps=caps)).reaches(pool.endless).may))
+    return line.partition(best.cut, best.gap)
+
+
+def _of_one_type(
+    kind: int,
+    costs: Sequence[float],
+    parts: int,
+    speeds: Sequence[float],
+    cut_costs: Sequence[float] | None,
+    memory: StageMemory | None,
+    microbatches: int | None,
+) -> Partition:
+    """Where there is nothing to arrange."""
+    if memory and isinstance(memory.caps, Sequence) and kind < len(memory.caps):
+        memory = replace(memory, caps=memory.caps[kind])
+    found = partition(costs, parts, [speeds[kind]] * parts, cut_costs, memory=memory, microbatches=microbatches)
+    return found._replace(devices=(kind,) * parts)
 
 
 def _check_parts(parts: int, layers: int) -> None:
@@ -109,33 +154,47 @@ def _check_parts(parts: int, layers: int) -> None:
         )
 
 
-def _solve(
-    levels: Levels,
+def _checked(microbatches: int) -> int:
+    if microbatches < 1:
+        raise ConfigError(f"microbatches={microbatches}; a step needs at least 1")
+    return microbatches
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row of layers in integers, as :class:`Lattice` has it: times of 1 / ``scale``, memory of 1 / ``byte``."""
+
+    parts: int
+    done: Sequence[int]
+    cuts: Sequence[int]
+    factors: Sequence[int]
+    held: Sequence[Sequence[int]]
+    caps: Sequence[int]
+    scale: int
+    byte: int
+
+    def partition(self, cut: Cut, gap: float) -> Partition:
+        """In the unit of the costs."""
+        times = [
+            (self.done[b] - self.done[a]) * self.factors[device] + self.cuts[a] + self.cuts[b]
+            for a, b, device in zip(cut.bounds[:-1], cut.bounds[1:], cut.devices, strict=True)
+        ]
+        numbers = tuple(number(time, self.scale) for time in times)
+        return Partition(cut.bounds, number(cut.longest, self.scale), numbers, cut.devices, gap)
+
+
+def _line(
     costs: Sequence[float],
+    parts: int,
     speeds: Sequence[float],
     cut_costs: Sequence[float] | None,
     memory: StageMemory | None,
-    microbatches: int | None,
-) -> Partition:
+) -> _Line:
     work = [Fraction(0), *accumulate(fractions("costs", costs))]
     by, factors = _factors(speeds)
     unit, (done, cuts) = scaled(work, _cuts(cut_costs, len(costs)))
-    held, caps, byte = _held(memory, len(costs), len(levels) - 1, len(speeds)) if memory else ([], [], 1)
-    lattice = Lattice(levels, done, [cut * by for cut in cuts], factors, held, caps)
-    cut = _best(lattice, microbatches)
-    if cut is None:
-        raise ConfigError(_too_large(lattice, byte))
-    times = [lattice.time(*stage) for stage in zip(cut.bounds[:-1], cut.bounds[1:], cut.devices, strict=True)]
-    scale = unit * by
-    return Partition(cut.bounds, number(cut.longest, scale), tuple(number(t, scale) for t in times), cut.devices)
-
-
-def _best(lattice: Lattice, microbatches: int | None) -> Cut | None:
-    if microbatches is None:
-        return smallest_bottleneck(lattice)
-    if microbatches < 1:
-        raise ConfigError(f"microbatches={microbatches}; a step needs at least 1")
-    return shortest_step(lattice, microbatches)
+    held, caps, byte = _held(memory, len(costs), parts, len(speeds)) if memory else ([], [], 1)
+    return _Line(parts, done, [cut * by for cut in cuts], factors, held, caps, unit * by, byte)
 
 
 def _cuts(cut_costs: Sequence[float] | None, layers: int) -> list[Fraction]:
@@ -178,19 +237,18 @@ def _held(memory: StageMemory, layers: int, parts: int, devices: int) -> tuple[l
     return [before[held] for held in in_flight], [limit * by for limit in limits], unit * by
 
 
-def _too_large(lattice: Lattice, byte: int) -> str:
-    """How much every cap would have to grow at least, by bisection."""
-    low, high = 1, max(row[-1] for row in lattice.held)
-    while low < high:
+def _too_large(line: _Line, fits: Callable[[list[int]], bool]) -> str:
+    """How much every cap would have to grow at least, by bisection, to a thousandth."""
+    low, high = 1, max(row[-1] for row in line.held)
+    while low + (high >> 10) < high:
         middle = (low + high) // 2
-        wider = dataclasses.replace(lattice, caps=[cap + middle for cap in lattice.caps])
-        if not wider.windows(lattice.endless):
-            low = middle + 1
-        else:
+        if fits([cap + middle for cap in line.caps]):
             high = middle
-    caps = ", ".join(f"{cap / byte:.6g}" for cap in sorted(set(lattice.caps)))
+        else:
+            low = middle + 1
+    caps = ", ".join(f"{cap / line.byte:.6g}" for cap in sorted(set(line.caps)))
     return (
-        f"memory: no cut of {lattice.layers} layers into {lattice.parts} stages stays within caps={caps} bytes; every "
-        f"device would need at least {math.ceil(Fraction(low, byte))} bytes more: use more stages, devices with more "
-        "memory, or a schedule with fewer micro-batches in flight"
+        f"memory: no cut of {len(line.done) - 1} layers into {line.parts} stages stays within caps={caps} bytes; every "
+        f"device would need at least {math.ceil(Fraction(low, line.byte))} bytes more: use more stages, devices with "
+        "more memory, or a schedule with fewer micro-batches in flight"
     )

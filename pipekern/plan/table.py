@@ -46,26 +46,26 @@ def cheapest_of(lattice: Lattice) -> Cheapest:
         return lambda limit, budget: Table(lattice, limit, budget).cut()
     table = _C.Lattice(
         [[node.steps for node in level] for level in lattice.levels],
-        [[_packed(number for pair in left for number in pair) for left in level] for level in lattice.left],
-        _packed(lattice.done),
-        _packed(lattice.cuts),
-        _packed(lattice.factors),
-        [_packed(row) for row in lattice.held],
-        _packed(lattice.caps),
-        _packed(lattice.least_cuts),
+        [[packed(number for pair in left for number in pair) for left in level] for level in lattice.left],
+        packed(lattice.done),
+        packed(lattice.cuts),
+        packed(lattice.factors),
+        [packed(row) for row in lattice.held],
+        packed(lattice.caps),
+        packed(lattice.least_cuts),
     )
 
     def cheapest(limit: int, budget: int) -> Cut | None:
         windows = lattice.windows(limit)
         if not windows:
             return None
-        found = table.cheapest(windows, _packed([min(limit, endless)]), _packed([min(budget, endless)]))
+        found = table.cheapest(windows, packed([min(limit, endless)]), packed([min(budget, endless)]))
         return _cut(lattice, found[0], found[1], int.from_bytes(found[2], "little", signed=True)) if found else None
 
     return cheapest
 
 
-def _packed(numbers: Iterable[int]) -> bytes:
+def packed(numbers: Iterable[int]) -> bytes:
     return b"".join(number.to_bytes(_BYTES, "little", signed=True) for number in numbers)
 
 
