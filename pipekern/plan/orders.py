@@ -12,7 +12,7 @@ from pipekern.plan.pool import Pool
 from pipekern.plan.solver import Solver
 from pipekern.plan.table import Cut
 
-_MOST = 1_500_000_000  # of Solver.spent: where a search may stop with a bound that is below what it has found
+_MOST = 2_000_000_000  # of Solver.spent: where a search may stop with a bound that is below what it has found
 
 
 class Best(NamedTuple):

@@ -160,7 +160,7 @@ class Limited:
             for kind in self.pool.kinds
             for entry in [self.pool.entry[kind]]
             for start in self.pool.exit[kind]
-            for end in [bisect_right(entry, self.limit + start) - (not self.may)]
+            for end in [bisect_right(entry, self.limit + start) - self.may]
             if 0 <= end <= self.pool.layers
         ]
         if self.may:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipekern import _C
 
 _BITS = 126
-_WIDTH = 500
+_WIDTH = 500  # (state, end) that a level keeps
 
 
 class Solver:
