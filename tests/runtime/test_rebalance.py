@@ -1,0 +1,168 @@
+"""A split that follows the speeds of the ranks, by a clock that the layers turn themselves."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import pipekern as pk
+from pipekern.plan.drift import LEARNING, SETTLING
+from tests.runtime.step import PLACES, run
+from tests.runtime.virtual import Machine, Noise, collected, heavy_tailed, quiet, slight
+
+CLEAN = SETTLING + LEARNING + 10  # steps until a rank's usual speed is known, and some more
+WITHIN = 30  # steps after a change until the split is right for it
+NEAR = 1.1  # of the optimum
+
+
+class Trial(NamedTuple):
+    """What happens to whom: layers' ``seconds``, and rank ``victim`` that is ``slower`` for a while."""
+
+    ranks: int
+    schedule: str
+    seconds: tuple[float, ...]
+    known: bool  # whether the pipeline is told what the layers cost
+    victim: int
+    slower: float
+    noise: Noise
+    seed: int
+
+    @classmethod
+    def drawn(cls, seed: int) -> Trial:
+        """A random one that is slowed 2 ×."""
+        generator = random.Random(seed)
+        ranks, known = generator.randint(2, 4), generator.random() < 0.5
+        count = ranks * generator.randint(4, 6)
+        seconds = tuple(generator.uniform(0.005, 0.015) if known else 0.01 for _ in range(count))
+        schedule = generator.choice(["1f1b", "gpipe", "zb-h1"])
+        return cls(ranks, schedule, seconds, known, generator.randrange(ranks), 2.0, slight, seed)
+
+    def pipeline(self, machine: Machine, **options: Any) -> pk.Pipeline:
+        split = pk.LayerCosts.given(self.seconds) if self.known else None
+        return pk.Pipeline(
+            machine.net(), loss_fn=nn.MSELoss(), microbatches=2 * self.ranks, ranks=self.ranks, schedule=self.schedule,
+            split=split, timeout=30.0, **options,
+        )  # fmt: skip
+
+
+class Course(NamedTuple):
+    """Of every step: the split after it, its time over the planner's optimum."""
+
+    splits: list[tuple[int, ...]]
+    over: list[float]
+
+    def moves(self, start: int, end: int) -> int:
+        """How often the split changed in these steps."""
+        return sum(a != b for a, b in zip(self.splits[start : end - 1], self.splits[start + 1 : end], strict=True))
+
+
+def _course(ranks: int, trial: Trial, phases: Sequence[tuple[float, int]], **options: Any) -> Course:
+    """Steps of ``phases``: how much slower the victim is, how many."""
+    machine = Machine(trial.seconds, ranks, trial.noise, random.Random(trial.seed))
+    course, x = Course([], []), torch.ones(4 * ranks, 4)
+    with trial.pipeline(machine, rebalance="auto", **options) as pipe, machine.running(pipe):
+        for slower, steps in phases:
+            machine.slower[trial.victim] = slower
+            for _ in range(steps):
+                pipe.train_step(x, x)
+                course.splits.append(pipe.split)
+                course.over.append(machine.step() / machine.optimum())
+    return course
+
+
+def _check(trial: Trial, processes: bool) -> None:
+    """A rank becomes slow and stays so for a while, then it is as before."""
+    phases = [(1.0, CLEAN), (trial.slower, 3 * WITHIN), (1.0, 3 * WITHIN)]
+    courses = run(processes, _course, trial.ranks, trial, phases)
+    assert all(course == courses[0] for course in courses)
+    course, slow, again = courses[0], CLEAN, CLEAN + 3 * WITHIN
+    assert course.over[slow] > NEAR, "the slow rank is no bottleneck: this trial proves nothing"
+    assert course.moves(0, slow) == 0
+    for change in (slow, again):
+        assert max(course.over[change + WITHIN : change + 3 * WITHIN]) <= NEAR, course.over[change:]
+        assert 1 <= course.moves(change, change + WITHIN) <= 2, course.splits[change:]
+        assert course.moves(change + WITHIN, change + 3 * WITHIN) == 0, course.splits[change:]
+
+
+def test_golden() -> None:
+    """Two ranks with six equal layers each; when the second takes twice as long, it keeps four of them."""
+    trial = Trial(2, "1f1b", (0.01,) * 12, False, victim=1, slower=2.0, noise=quiet, seed=0)
+    course = _course(2, trial, [(1.0, CLEAN), (2.0, WITHIN)])
+    assert set(course.splits[:CLEAN]) == {(6, 6)}
+    assert course.splits[-1] == (8, 4)
+    assert course.over[CLEAN] > 1.4 and course.over[-1] == 1.0
+
+
+@pytest.mark.parametrize("number", [*range(3), *(pytest.param(i, marks=pytest.mark.full) for i in range(3, 20))])
+def test_a_rank_that_becomes_twice_as_slow(number: int, seed: int) -> None:
+    """Within 30 steps a step takes at most 1.1 times what the planner makes of the speeds, and so when it is over."""
+    _check(Trial.drawn(seed + number), processes=False)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)])
+def test_among_processes(ranks: int, seed: int) -> None:
+    """All ranks have the same split after every step."""
+    _check(Trial(ranks, "1f1b", (0.01,) * (5 * ranks), False, ranks - 1, 2.0, slight, seed), processes=True)
+
+
+@pytest.mark.parametrize("layers", [8, 7], ids=["equal", "uneven"])  # of 7, either rank may have 4: both are as good
+@pytest.mark.parametrize("steps", [250, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("noise", [slight, heavy_tailed, collected])
+def test_noise_alone_moves_nothing(noise: Noise, steps: int, layers: int, seed: int) -> None:
+    trial = Trial(2, "1f1b", (0.01,) * layers, False, 0, 1.0, noise, seed)
+    course = _course(2, trial, [(1.0, steps)])
+    assert course.moves(0, steps) == 0, course.splits
+
+
+def _asked(ranks: int, slower: float) -> tuple[pk.Move | None, pk.Move | None, tuple[int, ...], list[str]]:
+    """Two calls after steps in which rank 0 was ``slower`` all along; the log."""
+    lines: list[str] = []
+    handler, log = logging.Handler(), logging.getLogger("pipekern")
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    trial = Trial(ranks, "1f1b", (0.01,) * 12, False, 0, slower, quiet, 0)
+    machine, x = Machine(trial.seconds, ranks, quiet, random.Random(0)), torch.ones(4 * ranks, 4)
+    machine.slower[0] = slower
+    with trial.pipeline(machine) as pipe, machine.running(pipe):
+        for _ in range(20):
+            pipe.train_step(x, x)
+        first = pipe.rebalance()
+        for _ in range(20):
+            pipe.train_step(x, x)
+        found = first, pipe.rebalance(), pipe.split, lines
+    log.removeHandler(handler)
+    return found
+
+
+@PLACES
+def test_asked_for(processes: bool) -> None:
+    """A rank that was slow from the start is given fewer layers once; on ranks that are alike nothing moves."""
+    for first, second, split, _ in run(processes, _asked, 2, 2.0):
+        assert first is not None and (first.before, first.after) == ((6, 6), (4, 8)) == ((6, 6), split)
+        assert second is None
+    for first, second, split, _ in run(processes, _asked, 2, 1.0):
+        assert (first, second, split) == (None, None, (6, 6))
+
+
+def test_the_log_says_what_moves() -> None:
+    """In the first process."""
+    results = run(True, _asked, 2, 2.0)
+    assert any("(6, 6)" in line or "[6, 6]" in line for line in results[0][3]), results[0][3]
+
+
+def test_a_word_that_is_none() -> None:
+    with pytest.raises(pk.ConfigError, match=r"rebalance='always'.*'auto'"):
+        pk.Pipeline(nn.Sequential(nn.Linear(2, 2)), loss_fn=nn.MSELoss(), microbatches=1, ranks=1, rebalance="always")
+
+
+def test_before_the_first_step() -> None:
+    """Nothing is known yet, so nothing moves."""
+    with pk.Pipeline(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), loss_fn=nn.MSELoss(), microbatches=1) as pipe:
+        assert pipe.rebalance() is None
