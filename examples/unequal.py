@@ -29,8 +29,8 @@ from pipekern.trace.figure import check_format, new_figure, save, time_unit
 from pipekern.trace.gantt import legend, paint
 from pipekern.trace.timeline import Timeline
 
-SIZE = Size(vocabulary=256, width=128, depth=16, heads=2, length=64)
-SAMPLES, MICROBATCHES = 4, 4
+SIZE = Size(vocabulary=256, width=128, depth=12, heads=2, length=64)
+SAMPLES, MICROBATCHES = 4, 8
 LEARNING, FOLLOWING = 40, 40  # steps in which usual times are learnt, and those of each phase after it
 SLOW = 1  # the rank that is slowed
 

@@ -77,12 +77,10 @@ def _check(case: Case, seed: int, moves: int, processes: bool) -> None:
 
 
 SAMPLE = [
-    ("everything", 2, "1f1b", True),
     ("everything", 3, "zb-v", True),
     ("tied gpt", 4, "zb-h1", True),
     ("everything", 4, "interleaved-1f1b", False),
-    ("tied gpt", 2, "v-half", False),
-    ("everything", 3, "hanayo", False),
+    ("tied gpt", 2, "1f1b", False),
 ]
 
 
@@ -93,17 +91,21 @@ def test_bits_are_those_of_a_run_that_never_moved(
     """Losses, norms, parameters, buffers, moments and names: with tied weights, dropout, running statistics, AdamW, and
     gradients added up over two steps with moves between them.
     """
-    _check(Case(kind, ranks, schedule, 24), seed, 8, processes)
+    _check(Case(kind, ranks, schedule, 16), seed, 6, processes)
+
+
+HUNDRED = [
+    *(("everything", ranks, schedule, True) for ranks in (2, 3, 4) for schedule in RUNNABLE),
+    *(("everything", 3, schedule, False) for schedule in RUNNABLE),
+    *(("tied gpt", 3, schedule, True) for schedule in RUNNABLE),
+]
 
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
-@PLACES
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("schedule", RUNNABLE)
-@pytest.mark.parametrize("kind", ["everything", "tied gpt"])
+@pytest.mark.parametrize(("kind", "ranks", "schedule", "processes"), HUNDRED)
 def test_a_hundred_moves_in_three_hundred_steps(
-    kind: str, schedule: str, ranks: int, processes: bool, seed: int
+    kind: str, ranks: int, schedule: str, processes: bool, seed: int
 ) -> None:
     _check(Case(kind, ranks, schedule, 300), seed, 100, processes)
 
@@ -116,10 +118,10 @@ def _replicated(zero: int, precision: str | None, steps: int) -> Case:
     return Case("everything", 2, "1f1b", steps, {"mesh": mesh, "zero": zero, "precision": precision}, fused=True)
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(0, None), (1, "bf16"), (2, "fp16"), (3, None)])
+@pytest.mark.parametrize(("zero", "precision"), [(0, "bf16"), (1, None), (3, "fp16")])
 def test_replicas_shards_and_masters(zero: int, precision: str | None, seed: int) -> None:
     """Of each replica alike; losses and weights after further steps show that moments came along."""
-    _check_replicated(_replicated(zero, precision, 16), seed, 4)
+    _check_replicated(_replicated(zero, precision, 10), seed, 3)
 
 
 @pytest.mark.full
@@ -179,7 +181,7 @@ def _plans(ranks: int, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 @PLACES
-@pytest.mark.parametrize("count", [4, pytest.param(40, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [3, pytest.param(40, marks=pytest.mark.full)])
 def test_another_schedule_chunks_and_microbatches(processes: bool, count: int, seed: int, tmp_path: Path) -> None:
     """As a pipeline that is made so, and goes on from a checkpoint."""
     for found in run(processes, _replanned, 3, str(tmp_path), _plans(3, count, seed), seed):
@@ -339,7 +341,7 @@ def _loaded(folder: str) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("points", [3, pytest.param(60, marks=pytest.mark.full)])
+@pytest.mark.parametrize("points", [2, pytest.param(60, marks=pytest.mark.full)])
 def test_a_rank_dies_while_all_move(points: int, tmp_path: Path) -> None:
     """All others hear at once who died; the last checkpoint is good."""
     ranks, stamp = 3, tmp_path / "stamp"

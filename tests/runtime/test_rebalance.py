@@ -45,10 +45,12 @@ class Trial(NamedTuple):
 
     def pipeline(self, machine: Machine, **options: Any) -> pk.Pipeline:
         split = pk.LayerCosts.given(self.seconds) if self.known else None
-        return pk.Pipeline(
+        pipe = pk.Pipeline(
             machine.net(), loss_fn=nn.MSELoss(), microbatches=2 * self.ranks, ranks=self.ranks, schedule=self.schedule,
             split=split, timeout=30.0, **options,
         )  # fmt: skip
+        pipe.optimizer(torch.optim.SGD, lr=0.0)
+        return pipe
 
 
 class Course(NamedTuple):
