@@ -38,7 +38,7 @@ class Trial(NamedTuple):
         """A random one that is slowed 2 ×."""
         generator = random.Random(seed)
         ranks, known = generator.randint(2, 4), generator.random() < 0.5
-        count = ranks * generator.randint(4, 6)
+        count = ranks * generator.randint(4, 5)
         seconds = tuple(generator.uniform(0.005, 0.015) if known else 0.01 for _ in range(count))
         schedule = generator.choice(["1f1b", "gpipe", "zb-h1"])
         return cls(ranks, schedule, seconds, known, generator.randrange(ranks), 2.0, slight, seed)
@@ -93,12 +93,14 @@ def _check(trial: Trial, processes: bool) -> None:
 
 
 def test_golden() -> None:
-    """Two ranks with six equal layers each; when the second takes twice as long, it keeps four of them."""
+    """Two ranks with six equal layers each; when the second takes twice as long, it keeps three of them: with four, a
+    step of four micro-batches would take 120 times a layer's forward, and not 117.
+    """
     trial = Trial(2, "1f1b", (0.01,) * 12, False, victim=1, slower=2.0, noise=quiet, seed=0)
     course = _course(2, trial, [(1.0, CLEAN), (2.0, WITHIN)])
     assert set(course.splits[:CLEAN]) == {(6, 6)}
-    assert course.splits[-1] == (8, 4)
-    assert course.over[CLEAN] > 1.4 and course.over[-1] == 1.0
+    assert course.splits[-1] == (9, 3)
+    assert course.over[CLEAN] > 1.3 and course.over[-1] == 1.0
 
 
 @pytest.mark.parametrize("number", [*range(3), *(pytest.param(i, marks=pytest.mark.full) for i in range(3, 20))])

@@ -52,6 +52,7 @@ class Machine:
         self.slower = [1.0] * ranks
         self._seconds, self._noise, self._generator = list(seconds), noise, generator
         self._now = 0
+        self._optima: dict[tuple[float, ...], float] = {}
         self._pipe: pk.Pipeline | None = None
 
     def net(self) -> nn.Sequential:
@@ -88,7 +89,10 @@ class Machine:
 
     def optimum(self) -> float:
         """Seconds of a step with the planner's split for the speeds as they are."""
-        return balance(self._costs(), self._schedule, self.slower).step
+        speeds = tuple(self.slower)
+        if speeds not in self._optima:
+            self._optima[speeds] = balance(self._costs(), self._schedule, speeds).step
+        return self._optima[speeds]
 
     def _costs(self) -> UnitCosts:
         return UnitCosts(self._seconds, [2 * seconds for seconds in self._seconds], [0.0] * len(self._seconds))
