@@ -303,8 +303,9 @@ class Pipeline:
             self._take(parts, self._training.loss_is_pair)
         if self._optimizer is not None:
             optimizer.attach(self._optimizer, parts, self._running)
-        text = "step %d: split %s in place of %s; %d bytes moved in %.3g s"
-        logging.getLogger("pipekern").info(text, self._step, done.after, done.before, done.bytes, done.seconds)
+        if parts.star.number == 0:
+            text = "step %d: split %s in place of %s; %d bytes moved in %.3g s"
+            logging.getLogger("pipekern").info(text, self._step, done.after, done.before, done.bytes, done.seconds)
         self._rebalancer.learn(done)
         return done
 

@@ -58,9 +58,10 @@ class Rebalancer:
             return None
         if max(self._tried.get(best.split, [0.0])) > (1 - _GAIN) * max(busy):
             return None
-        computing = ", ".join(f"{one * 1e3:.3g}" for one in busy)
-        text = "ranks compute %s ms a step; split %s instead of %s should take %.3g ms a step instead of %.3g"
-        logging.getLogger("pipekern").info(text, computing, best.split, split, best.step * 1e3, now * 1e3)
+        if parts.star.number == 0:
+            computing = ", ".join(f"{one * 1e3:.3g}" for one in busy)
+            text = "ranks compute %s ms a step; split %s instead of %s should take %.3g ms a step instead of %.3g"
+            logging.getLogger("pipekern").info(text, computing, best.split, split, best.step * 1e3, now * 1e3)
         return best.split
 
     def _note(self, split: Split, busy: Sequence[float]) -> None:
