@@ -17,7 +17,6 @@ messages of 64 MB are measured in the same run.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import secrets
 import time
@@ -107,7 +106,7 @@ def slowed(slower: float) -> Iterator[None]:
     """Rank 1 gets a share of its core."""
     dist.barrier()
     if dist.get_rank() == SLOW:
-        with Quota(os.getpid(), slower):
+        with Quota(slower):
             yield
     else:
         yield

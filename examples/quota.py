@@ -1,10 +1,10 @@
-"""A process that gets a share of its core: stopped and continued in turn, a few milliseconds each.
+"""A share of its core for a process: it is stopped and continued in turn, a few milliseconds each.
 
-    with Quota(os.getpid(), slower=2.0):
+    with Quota(slower=2.0):
         ...                                         # everything this process does takes twice as long
 
 What a CPU quota of a control group does, in shorter turns and without the right to make one. It needs Linux, and no
-privilege for a process of one's own.
+privilege.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ PERIOD = 0.004  # seconds; as short as sleeping is exact, for work between two m
 
 
 class Quota:
-    """Slows process ``pid`` down by the factor ``slower`` while the context lasts."""
+    """Slows this process down by the factor ``slower`` while the context lasts."""
 
-    def __init__(self, pid: int, slower: float):
-        self._command = [sys.executable, __file__, str(pid), str(slower)]
+    def __init__(self, slower: float):
+        self._command = [sys.executable, __file__, str(slower)]
 
     def __enter__(self) -> None:
         self._keeper = subprocess.Popen(self._command, stdout=subprocess.PIPE)
         assert self._keeper.stdout is not None
-        self._keeper.stdout.readline()
+        self._keeper.stdout.readline()  # it has begun
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._keeper.terminate()
@@ -36,9 +36,9 @@ class Quota:
 
 
 def keep(pid: int, slower: float) -> None:
-    """Stop and continue ``pid`` until it has ended, or this process is asked to end."""
+    """Stop and continue the process that has started this one, until it has ended."""
     ran = stopped = 0.0
-    while True:
+    while os.getppid() == pid:
         start = time.perf_counter()
         time.sleep(PERIOD / slower)
         os.kill(pid, signal.SIGSTOP)
@@ -50,16 +50,15 @@ def keep(pid: int, slower: float) -> None:
 
 
 def main() -> None:
-    """The process that keeps the quota of another."""
-    pid, slower = int(sys.argv[1]), float(sys.argv[2])
+    """The process that keeps the quota of its parent."""
+    pid, slower = os.getppid(), float(sys.argv[1])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    print("ready", flush=True)
+    print("begun", flush=True)
     try:
         keep(pid, slower)
-    except ProcessLookupError:
-        pass
     finally:
-        os.kill(pid, signal.SIGCONT)
+        if os.getppid() == pid:
+            os.kill(pid, signal.SIGCONT)
 
 
 if __name__ == "__main__":

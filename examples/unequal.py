@@ -56,7 +56,7 @@ def main() -> None:
         say(f"two ranks alike, layers {shown(pipe.split)}")
         alike = [step() for _ in range(LEARNING)]
         say(f"rank {SLOW} gets 1/{options.slower:g} of its core")
-        with Quota(os.getpid(), options.slower) if dist.get_rank() == SLOW else nullcontext():
+        with Quota(options.slower) if dist.get_rank() == SLOW else nullcontext():
             slow = [step() for _ in range(FOLLOWING)]
         say(f"rank {SLOW} gets all of it again")
         again = [step() for _ in range(FOLLOWING)]
