@@ -97,8 +97,15 @@ def profiled(case: Case) -> pk.LayerCosts:
 
 def pipeline(case: Case, costs: pk.LayerCosts, name: str) -> pk.Pipeline:
     """By the planner's split for ranks that are alike."""
-    auto = "auto" if name == "rebalanced" else None
-    return pk.Pipeline(case.model(2), loss_fn=case.loss_fn, microbatches=case.microbatches, split=costs, rebalance=auto)
+    pipe = pk.Pipeline(
+        case.model(2),
+        loss_fn=case.loss_fn,
+        microbatches=case.microbatches,
+        split=costs,
+        rebalance="auto" if name == "rebalanced" else None,
+    )
+    pipe.optimizer(case.optimizer, **case.options)
+    return pipe
 
 
 @contextmanager

@@ -282,8 +282,8 @@ def test_ranks_that_disagree_change_nothing(plan: dict[str, Any], seed: int) -> 
     _check_refused(2, True, [{"split": [5, 9]}, plan], seed)
 
 
-@PLACES
 @pytest.mark.parametrize("plan", IMPOSSIBLE, ids=str)
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_what_cannot_be_changes_nothing(plan: dict[str, Any], processes: bool, seed: int) -> None:
     for text in _check_refused(2, processes, [plan, plan], seed):
         assert str(next(iter(plan.values()))) in text

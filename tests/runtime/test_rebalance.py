@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ from tests.runtime.virtual import Machine, Noise, collected, heavy_tailed, quiet
 READY, CLEAN = 15, 45  # steps until the first look at the split, and until a rank's usual speed is known
 WITHIN = 30  # steps after a change until the split is right for it
 NEAR = 1.1  # of the optimum
+FORMS = (slight, heavy_tailed, collected)
 
 
 class Trial(NamedTuple):
@@ -102,7 +104,7 @@ def test_golden() -> None:
     assert course.over[CLEAN] > 1.3 and course.over[-1] == 1.0
 
 
-@pytest.mark.parametrize("number", [*range(3), *(pytest.param(i, marks=pytest.mark.full) for i in range(3, 20))])
+@pytest.mark.parametrize("number", [*range(2), *(pytest.param(i, marks=pytest.mark.full) for i in range(2, 20))])
 def test_a_rank_that_becomes_twice_as_slow(number: int, seed: int) -> None:
     """Within 30 steps a step takes at most 1.1 times what the planner makes of the speeds, and so when it is over."""
     _check(Trial.drawn(seed + number), processes=False)
@@ -114,10 +116,18 @@ def test_among_processes(ranks: int, seed: int) -> None:
     _check(Trial(ranks, "1f1b", (0.01,) * (5 * ranks), False, ranks - 1, 2.0, slight, seed), processes=True)
 
 
-@pytest.mark.parametrize(("schedule", "layers"), [("1f1b", 8), ("gpipe", 7)])  # of 7, either rank may have 4: as good
-@pytest.mark.parametrize("steps", [250, pytest.param(1000, marks=pytest.mark.full)])
-@pytest.mark.parametrize("noise", [slight, heavy_tailed, collected])
-def test_noise_alone_moves_nothing(noise: Noise, steps: int, schedule: str, layers: int, seed: int) -> None:
+# Of seven layers either rank may have four under gpipe: both splits are as good.
+NOISES = [
+    *((slight, schedule, layers, 250) for schedule, layers in (("1f1b", 8), ("gpipe", 7))),
+    *((noise, schedule, layers, 1000) for noise, (schedule, layers) in product(FORMS, (("1f1b", 8), ("gpipe", 7)))),
+]
+
+
+@pytest.mark.parametrize(
+    ("noise", "schedule", "layers", "steps"),
+    [pytest.param(*row, marks=pytest.mark.full if row[-1] == 1000 else ()) for row in NOISES],
+)
+def test_noise_alone_moves_nothing(noise: Noise, schedule: str, layers: int, steps: int, seed: int) -> None:
     trial = Trial(2, schedule, (0.01,) * layers, False, 0, 1.0, noise, seed)
     course = _course(2, trial, [(1.0, steps)])
     assert course.moves(0, steps) == 0, course.splits
