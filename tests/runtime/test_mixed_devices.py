@@ -67,13 +67,21 @@ def in_turn(kinds: list[str], devices: list[str], **options: Any) -> list[float]
     return [difference(kind, devices, **options) for kind in kinds]
 
 
-@pytest.mark.parametrize("devices", [[foreign.LAZY, "cpu"], ["cpu", foreign.LAZY, "cpu"]], ids=["two", "three"])
+@pytest.mark.parametrize(
+    "devices",
+    [["cpu", foreign.LAZY, "cpu"], pytest.param([foreign.LAZY, "cpu"], marks=pytest.mark.full)],
+    ids=["three", "two"],
+)
 def test_in_one_process(devices: list[str]) -> None:
     (found,) = values(launch(in_turn, 1, ["plain", "skip"], devices))
     assert max(found) < 1e-12
 
 
-@pytest.mark.parametrize("devices", [[foreign.LAZY, "cpu", foreign.LAZY], ["cpu", foreign.LAZY]], ids=["three", "two"])
+@pytest.mark.parametrize(
+    "devices",
+    [[foreign.LAZY, "cpu", foreign.LAZY], pytest.param(["cpu", foreign.LAZY], marks=pytest.mark.full)],
+    ids=["three", "two"],
+)
 def test_among_processes(devices: list[str]) -> None:
     for found in values(launch(in_turn_among, len(devices), ["plain", "tied", "skip"], devices)):
         assert max(found) < 1e-12

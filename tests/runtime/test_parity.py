@@ -111,7 +111,7 @@ def test_over_the_cuda_transport(together: bool, ranks: int, seed: int) -> None:
         compare(case, of_case, seed)
 
 
-@pytest.mark.parametrize("name", ["fake-mixed-odd", "fake-mixed-even"])
+@pytest.mark.parametrize("name", ["fake-mixed-odd", pytest.param("fake-mixed-even", marks=pytest.mark.full)])
 @pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (2, 4))])
 def test_over_cuda_and_cpu_ranks(name: str, ranks: int, seed: int) -> None:
     """Every second rank is on the CPU: links of all kinds, with activations, gradients, losses, flags, tied weights."""

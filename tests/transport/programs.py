@@ -45,12 +45,12 @@ _needs_extension = pytest.mark.skipif(
 )
 SHM = pytest.param("shm", marks=_needs_extension)
 # The CUDA transport on the stand-in driver; tests/csrc/cuda runs its C++ in every mode.
+_SAMPLE = ("fake-cuda", "fake-mixed-odd")
 ON_FAKE_CUDA = [
-    pytest.param(
-        name, marks=[_needs_extension, *([pytest.mark.full] if name in ("fake-cuda-staged", "fake-cuda-host") else [])]
-    )
+    pytest.param(name, marks=[_needs_extension, *([] if name in _SAMPLE else [pytest.mark.full])])
     for name in fake_cuda.KNOBS
 ]
+FROM_CPU = pytest.param("fake-mixed-even", marks=_needs_extension)  # rank 0 on the CPU, rank 1 on a device
 # The real one, two ranks on one device.
 ON_GPU = pytest.param(
     "cuda",

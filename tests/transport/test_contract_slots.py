@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pipekern.transport.base import Link
-from tests.transport.programs import ALL, PROCESSES, Ends, receive, run, send
+from tests.transport.programs import ALL, FROM_CPU, PROCESSES, Ends, receive, run, send
 
 Steps = Generator[str | None, None, Any]
-on_all = pytest.mark.parametrize("transport", ALL)
-on_processes = pytest.mark.parametrize("transport", PROCESSES)
+on_all = pytest.mark.parametrize("transport", [*ALL, FROM_CPU])
+on_processes = pytest.mark.parametrize("transport", [*PROCESSES, FROM_CPU])
 
 
 def credit(ends: Ends, slots: int, values: list[Any]) -> Steps:

@@ -6,11 +6,13 @@ import os
 from typing import Any
 
 import pytest
+import torch
 
 from pipekern.errors import Aborted, ConfigError
+from pipekern.transport import open as opening
 from pipekern.transport import world as world_module
 from pipekern.transport.base import Link
-from pipekern.transport.open import check_name, open_transport, shm_obstacle
+from pipekern.transport.open import check_name, choose, open_transport, shm_obstacle
 from pipekern.transport.world import identity, join
 from tests.launch import launch, values
 from tests.transport.programs import CPUS, PAIR, SHM
@@ -88,3 +90,44 @@ def test_a_failure_to_open_on_one_rank_is_raised_by_all() -> None:
 def test_ranks_that_open_different_links_are_told() -> None:
     for _, text in values(launch(fails_to_open, 2, [*PAIR, Link("more", 0, 1, 1)], timeout=30.0)):
         assert "the ranks open different links" in text and '["more", 0, 1, 1, "none"]' in text
+
+
+def chosen(name: str, kinds: list[str], obstacle: str) -> str:
+    """What a rank of a mix gets; ``obstacle`` is what the GPUs' ranks find in their way."""
+    opening.device_obstacle = lambda device: f"{device}: {obstacle}" if obstacle else ""
+    world = join(name, 30.0)
+    assert world is not None
+    try:
+        return choose(name, world, [torch.device(kind) for kind in kinds])
+    except ConfigError as error:
+        return str(error)
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("transport", [SHM])
+def test_ranks_of_both_kinds(transport: str) -> None:
+    """Those on the CPU need no driver; where a GPU's rank has none, all go over shared memory."""
+    assert values(launch(chosen, 2, "auto", ["cuda:0", "cpu"], "")) == ["cuda"] * 2
+    assert values(launch(chosen, 2, "cuda", ["cpu", "cuda:0"], "")) == ["cuda"] * 2
+    assert values(launch(chosen, 2, "shm", ["cuda:0", "cpu"], "no driver")) == [transport] * 2
+    assert values(launch(chosen, 2, "auto", ["cuda:0", "cpu"], "no driver")) == [transport] * 2
+    for text in values(launch(chosen, 2, "cuda", ["cpu", "cuda:0"], "no driver")):
+        assert "transport='cuda' cannot be used: rank 1: cuda:0: no driver" in text
+    for text in values(launch(chosen, 2, "cuda", ["cpu", "cpu"], "not for CUDA")):
+        assert "transport='cuda' cannot be used: rank 0: cpu: not for CUDA" in text
+
+
+def test_in_one_process_a_mix_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipekern._C.cuda_obstacle", lambda: "")
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")]
+    assert choose("auto", None, devices) == "local" and choose("auto", None, devices[:2]) == "cuda"
+    with pytest.raises(ConfigError, match="transport='cuda' cannot be used: in one process rank 2 on the CPU"):
+        choose("cuda", None, devices)
+
+
+def test_a_codec_on_a_link_to_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "choose", lambda *_: "cuda")
+    devices = [torch.device("cuda", 0), torch.device("cpu")]
+    with pytest.raises(ConfigError, match=r"codec='fp8' on link 0>1, from cuda:0 to cpu: only links between CUDA"):
+        open_transport("auto", [Link("0>1", 0, 1, 2, "fp8")], devices, None)
