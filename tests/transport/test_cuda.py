@@ -251,6 +251,11 @@ def test_each_link_says_which_way_it_goes(name: str) -> None:
         assert way == "ipc" if name == "fake-cuda" else way.startswith("staged: CUDA refused an IPC handle")
 
 
+def test_a_link_to_the_cpu_is_staged() -> None:
+    """A CPU rank's own links are those of shared memory, and so have no way to tell."""
+    assert run("fake-mixed-odd", ways) == [{"0>1": "staged: rank 1 is on the CPU"}, {}]
+
+
 def test_a_codec_needs_the_cuda_transport() -> None:
     with pytest.raises(ConfigError, match="codec='bf16': the transport here is 'local', and only 'cuda' casts"):
         pk.Pipeline(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), loss_fn=nn.MSELoss(), microbatches=2, codec="bf16")
