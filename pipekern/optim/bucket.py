@@ -154,13 +154,23 @@ class Bucket:
             parameter.grad = view
         self._versions = self._writes()
 
-    def reduce(self) -> Pending | None:
-        """Begin the sum over replicas, after the last weight work."""
-        assert self._gradients is not None and self._replicas is not None
+    @property
+    def arriving(self) -> int:
+        """Bytes that a sum over replicas takes while it is under way."""
+        if not self._zero or self.values.is_cuda:
+            return 0
+        return self.count * self.gradient_dtype.itemsize
+
+    def seal(self) -> None:
+        """After the last weight work: from here on gradients must stay as they are."""
         self._refuse_moved()
         found, self._versions = self._versions, self._writes()
         pairs = zip(self.names, found, self._versions, strict=True)
         self.idle = [name for name, before, after in pairs if before == after]
+
+    def reduce(self) -> Pending:
+        """Begin the sum over replicas of what is sealed."""
+        assert self._gradients is not None and self._replicas is not None
         if self._zero:
             if self._reduced is None:
                 self._reduced = self._gradients.new_empty(self.count // self._replicas.size)

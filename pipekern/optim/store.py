@@ -4,6 +4,7 @@ precision, shards, and gradients summed over replicas.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -17,6 +18,10 @@ from pipekern.parallel.replicas import Pending, Replicas
 from pipekern.parallel.tensor import divided, lay_into, local, part_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+_ARRIVING = (
+    1 << 26
+)  # bytes at once, or one bucket: on a CPU parts of sums have memory of their own until they are added
 
 Named = Sequence[tuple[str, nn.Parameter]]
 Layout = list[list[str]]  # names by bucket
@@ -85,6 +90,8 @@ class Store:
         places = {id(p): key for key, bucket in keys.items() for p in bucket.parameters}
         self._uses = {s: {places[id(p)] for _, p in named if id(p) in places} for s, named in stages.items()}
         self._gathers: dict[tuple[int, int], Pending] = {}
+        self._late: deque[tuple[int, int]] = deque()  # sums to be begun, in the order of the program
+        self._arriving: deque[tuple[int, Pending]] = deque()  # those under way, with the bytes of what arrives
         self.spans: list[tuple[str, int, int, Pending]] = []
 
     def __iter__(self) -> Iterator[Bucket]:
@@ -130,15 +137,35 @@ class Store:
             self._gathers.pop(key).wait()
 
     def reduce(self, stage: int, index: int) -> None:
-        """REDUCE: begin the sum of a bucket's gradients over the replicas; its values are not needed any more."""
+        """REDUCE: begin the sum of a bucket's gradients over the replicas, as soon as not too many are under way; its
+        values are not needed any more.
+        """
         bucket = self.buckets[stage][index]
-        pending = bucket.reduce()
+        bucket.seal()
         bucket.release()
-        if pending is not None:
+        self._late.append((stage, index))
+        self._advance()
+
+    def _advance(self) -> None:
+        """Add up what has arrived, and begin what there is room for."""
+        while self._arriving and self._arriving[0][1].done():
+            self._arriving.popleft()[1].wait()
+        while self._late:
+            stage, index = self._late[0]
+            bucket = self.buckets[stage][index]
+            if self._arriving and bucket.arriving + sum(size for size, _ in self._arriving) > _ARRIVING:
+                return
+            self._late.popleft()
+            pending = bucket.reduce()
+            self._arriving.append((bucket.arriving, pending))
             self._begun("REDUCE", stage, index, pending)
 
     def finish(self) -> None:
         """End a step: ``.grad`` of :attr:`parameters` is the sum."""
+        while self._late:
+            self._arriving.popleft()[1].wait()
+            self._advance()
+        self._arriving.clear()
         for bucket in self:
             bucket.finish()
 
@@ -169,6 +196,8 @@ class Store:
     def clear(self) -> None:
         """Forget a step that failed."""
         self._gathers.clear()
+        self._late.clear()
+        self._arriving.clear()
         for bucket in self:
             bucket.clear()
 

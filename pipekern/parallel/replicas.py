@@ -43,6 +43,8 @@ class Pending:
         """Until the result is there: on a GPU the current stream waits, and not the host. Raises what happens to the
         job meanwhile.
         """
+        if self._work is None:
+            return
         pause = 0.00002
         try:
             while not self._on_device and not self.done():

@@ -37,6 +37,7 @@ def test_golden() -> None:
             assert p.grad is not None
             p.grad += p.detach() * factor
     for bucket in (first, second):
+        bucket.seal()
         bucket.reduce()
     for bucket in (first, second):
         bucket.finish()
@@ -73,6 +74,7 @@ def _step(buckets: Sequence[Bucket], grads: Sequence[Sequence[Tensor]]) -> None:
                 p.grad = half.to(getattr(p, "grad_dtype", None) or p.dtype) if p.grad is None else p.grad.add_(half)
     if buckets[0]._replicas is not None:
         for bucket in buckets:
+            bucket.seal()
             bucket.reduce()
             bucket.release()
     for bucket in buckets:
@@ -210,8 +212,10 @@ def test_a_gradient_that_replicas_would_not_find() -> None:
         if not late:
             first.parameters[1].grad = torch.ones(7)
             with pytest.raises(ConfigError, match="the gradient of p1 was put elsewhere"):
-                first.reduce()
+                first.seal()
             continue
+        first.seal()
+        second.seal()
         pending = first.reduce(), second.reduce()
         assert pending[0] is not None
         assert first.parameters[0].grad is not None

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
+import pipekern as pk
 from pipekern.errors import ConfigError
+from pipekern.optim import store as storing
 from pipekern.optim.store import Store, lay_out, low_precision
+from pipekern.runtime import start as starting
+from tests.launch import launch, values
 from tests.optim.together import Together
 
 Named = list[tuple[str, nn.Parameter]]
@@ -168,3 +174,30 @@ def test_a_parameter_that_takes_gradients_only_later(low: bool) -> None:
     stages[0][2][1].requires_grad_(True)
     with pytest.raises(ConfigError, match=r"0\.frozen took no gradient when the pipeline was made"):
         store.begin()
+
+
+def _in_turn(zero: int, limit: int) -> tuple[dict[str, torch.Tensor], bool]:
+    """The gradients of a pipeline's step, and whether no sum began before the one before it had ended."""
+    vars(storing)["_ARRIVING"] = limit
+    vars(starting)["_bucket"] = lambda *_: 1  # a parameter each
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(600, 600) for _ in range(4)))
+    with pk.Pipeline(layers, loss_fn=nn.MSELoss(), microbatches=2, mesh={"dp": 2}, zero=zero, timeout=20.0) as pipe:
+        x = torch.ones(4, 600) * (1 + int(os.environ["RANK"]))
+        pipe.train_step(x, x)
+        store = pipe._parts.store
+        assert store is not None
+        sums = [pending for op, _, _, pending in store.spans if op == "REDUCE"]
+        assert len(sums) == 8
+        apart = all(a.ended and a.ended <= b.started for a, b in pairwise(sums))
+        return store.whole(lambda piece: piece.parameter.grad), apart
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_sums_that_have_no_room_wait_for_each_other(zero: int) -> None:
+    """And are the same bits."""
+    at_once, in_turn = (values(launch(_in_turn, 2, zero, limit)) for limit in (1 << 40, 0))
+    for (wanted, _), (got, apart) in zip(at_once, in_turn, strict=True):
+        assert apart
+        assert wanted.keys() == got.keys()
+        assert all(torch.equal(value, got[name]) for name, value in wanted.items())
