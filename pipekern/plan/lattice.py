@@ -1,7 +1,7 @@
-"""All cuts of a row of layers, and bounds on those whose stages stay under a limit.
+"""All cuts of a row of layers for devices in a fixed order, and bounds on those whose stages stay under a limit.
 
-Level ``k`` of the lattice is what may be in use after ``k`` stages: one node where devices come in a fixed order, one
-a choice of counts where only their types are known. A step to a node of the next level gives a stage to a device.
+Level ``k`` of the lattice is what is in use after ``k`` stages: one node. A step to the next one gives a stage to a
+device. Devices in any order are in :mod:`pipekern.plan.pool`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, product
+from itertools import accumulate
 from operator import add, sub
 from typing import NamedTuple
 
@@ -31,25 +31,6 @@ def fixed_order(parts: int) -> Levels:
     levels = [[Node([], (1,) * parts)]]
     for stage in range(parts):
         levels.append([Node([(0, stage)], (0,) * (stage + 1) + (1,) * (parts - stage - 1))])
-    return levels
-
-
-def free_order(parts: int, counts: Sequence[int]) -> Levels:
-    """A node for every choice of how many devices of each type are in use: at most Π(count + 1)."""
-    by_level: list[list[tuple[int, ...]]] = [[] for _ in range(parts + 1)]
-    for used in product(*(range(count + 1) for count in counts)):
-        if sum(used) <= parts:
-            by_level[sum(used)].append(used)
-    levels: Levels = []
-    before: dict[tuple[int, ...], int] = {}
-    for states in by_level:
-        level = []
-        for used in states:
-            origins = [(*used[:kind], used[kind] - 1, *used[kind + 1 :]) for kind in range(len(used))]
-            steps = [(before[origin], kind) for kind, origin in enumerate(origins) if origin in before]
-            level.append(Node(steps, tuple(map(sub, counts, used))))
-        levels.append(level)
-        before = {used: node for node, used in enumerate(states)}
     return levels
 
 
