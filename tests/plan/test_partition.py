@@ -85,9 +85,28 @@ def test_step_time_is_not_the_bottleneck_alone() -> None:
     assert partition(costs, 2, speeds, microbatches=1).times == (3, 8)
 
 
+def test_a_single_type_has_nothing_to_arrange() -> None:
+    memory = StageMemory([1] * 4, [1] * 4, [2, 1], [0, 6])
+    found = partition_types([1, 2, 3, 4], [0, 2], [1, 2], memory=memory)
+    assert (found.bounds, found.devices, found.bottleneck) == ((0, 2, 4), (1, 1), 3.5)
+
+
 def test_order_of_types_is_free() -> None:
     found = partition_types([9, 2, 9], [2, 1], [3, 1])
     assert (found.bounds, found.devices, found.bottleneck) == ((0, 1, 2, 3), (0, 1, 0), 3)
+
+
+@pytest.mark.parametrize("microbatches", [None, 512])
+def test_hundreds_of_devices_of_three_types(microbatches: int | None) -> None:
+    """2,000 layers on 256 devices: no better than what devices could do if layers could be split, and proven to 1 %."""
+    rng = random.Random()
+    costs, counts, speeds = [rng.uniform(1, 3) for _ in range(2000)], [80, 90, 86], [1.0, 1.7, 2.9]
+    found = partition_types(costs, counts, speeds, microbatches=microbatches)
+    assert [found.devices.count(kind) for kind in range(3)] == counts and found.gap < 0.01
+    exact = times(costs, found.bounds, [speeds[kind] for kind in found.devices], None)
+    assert found.times == pytest.approx([float(time) for time in exact], rel=1e-6)
+    ideal = sum(costs) / sum(count * speed for count, speed in zip(counts, speeds, strict=True))
+    assert found.bottleneck >= ideal * (1 - 1e-6)
 
 
 whole = st.integers(0, 20)
@@ -202,5 +221,7 @@ def test_no_devices() -> None:
         partition_types([1, 2], [], [])
     with pytest.raises(ConfigError, match="give at least one device"):
         partition_types([1, 2], [0, 0], [1, 1])
+    with pytest.raises(ConfigError, match="17850625 choices of how many are in use are more than 16777216"):
+        partition_types([1] * 300, [64] * 4, [1, 2, 3, 4])
     with pytest.raises(ConfigError, match="parts=3: there are 2 devices"):
         partition_types([1, 2, 3], [1, 1], [1, 1], parts=3)
