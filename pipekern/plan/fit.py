@@ -89,8 +89,9 @@ def fit(
     """The plan with the shortest step of ``samples`` samples that fits into the memory of every device.
 
     ``microbatches`` are the numbers to try (default: the divisors of ``samples`` up to 8 a rank), ``schedules`` the
-    names to choose from (default: all that can be run). With ``order="any"`` the devices are arranged too: all links
-    must be equal, and the devices of few types. ``overhead`` is microseconds an action costs besides its layers.
+    names to choose from (default: all that can be run). With ``order="any"`` the devices are arranged too, as
+    :func:`~pipekern.plan.partition_types` finds it best for 1F1B: all links must be equal, and the devices of few
+    types. ``overhead`` is microseconds an action costs besides its layers.
 
     Of plans within 1 % of the fastest the one that holds the least is taken. Raises ``ConfigError`` for bad input, and
     where nothing fits: with what the nearest plan holds, by how much that is too much, and what would fit.
@@ -151,6 +152,7 @@ class _Search:
             layers = self.model.layers(self.samples / microbatches, cluster.devices[0])
             place = self._places(layers, cluster, microbatches)
             placed = cluster.reordered(place)
+            layers = [_on(layer, placed.devices[0].flops / cluster.devices[0].flops) for layer in layers]
             found, reasons = choices(layers, placed, microbatches, schedules=self.schedules, overhead=self.overhead)
             refused |= {f"{name} ({microbatches} micro-batches)": why for name, why in reasons.items()}
             plans += [Plan(c, self.samples / microbatches, tuple(layers), placed, place, ()) for c in found]
@@ -235,6 +237,12 @@ class _Search:
         except ConfigError:  # not under 1F1B; another schedule may hold less
             found = arrange()
         return tuple(places[kind].pop(0) for kind in found.devices)
+
+
+def _on(layer: Layer, speed: float) -> Layer:
+    """On a first device that is ``speed`` times as fast."""
+    times = (layer.forward / speed, layer.backward / speed, layer.weight / speed)
+    return replace(layer, forward=times[0], backward=times[1], weight=times[2])
 
 
 def _shortage(tried: Tried) -> Iterator[str]:

@@ -60,6 +60,15 @@ def test_devices_in_any_order() -> None:
     assert fit(model(4), cluster, **arguments).choice.split == (1, 3)  # type: ignore[arg-type]
 
 
+def test_another_first_device_does_not_change_what_layers_take() -> None:
+    """Layers of 60 and 30 µs on the slow first device; the fast one takes the large one, in whatever place: 30 each."""
+    rows = [Layer(name, time, time, time) for name, time in (("large", 20), ("small", 10))]
+    cluster = Cluster.of([Device(1.0, name="slow"), Device(2.0, name="fast")])
+    plan = fit(Measured(rows), cluster, samples=4, microbatches=[4], schedules=["1f1b"], order="any")
+    assert plan.devices == (1, 0) and plan.step_time == 30 * 5
+    assert [layer.forward for layer in plan.layers] == [10, 5]  # on rank 0
+
+
 def test_never_over_the_cap_and_says_what_would_fit() -> None:
     rng = random.Random()
     for _ in range(12):
