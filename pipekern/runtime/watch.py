@@ -62,22 +62,23 @@ class Watch:
         self._sums = Drift(len(self._watched), SUMS)
         self.slow: dict[tuple[int, int], float] = {}
         self._block: list[list[int]] = []  # sums of the block that is not yet full, each step's after its work
-        self._blocks: deque[list[int]] = deque(maxlen=BLOCKS)
+        self._heard: deque[list[int]] = deque(maxlen=BLOCKS * BLOCK)  # such rows of recent steps
 
     @property
     def heard(self) -> int:
         """Of how many recent steps :meth:`busy` tells."""
-        return BLOCK * len(self._blocks)
+        return len(self._heard)
 
     def busy(self) -> list[float] | None:
         """Seconds a step that each stage of the schedule computes, of replicas the slowest; the same numbers on every
-        rank. None until there are enough steps since the start, or since a stage became slow or fast again.
+        rank. None until five steps are heard of since the start, or since a stage became slow or fast again.
         """
-        if not self._blocks:
+        if len(self._heard) < BLOCK:
             return None
         stages = [0.0] * self._parts.blueprint.schedule.stages
-        for (_, stage), times in zip(self._watched, zip(*self._blocks, strict=True), strict=True):
-            stages[stage] = max(stages[stage], median(times) / BLOCK / 1e9)
+        _, *columns = zip(*self._heard, strict=True)
+        for (_, stage), times in zip(self._watched, columns, strict=True):
+            stages[stage] = max(stages[stage], _median_of_means(times) / 1e9)
         return stages
 
     def note(self, batch: Batch) -> None:
@@ -105,6 +106,11 @@ class Watch:
                 numbers += sum([min(row) * len(row) for row in rows]), sum(map(sum, rows))
         return " ".join(map(str, numbers))
 
+    def _all_numbers(self) -> str:
+        for _, lap in self._unread:
+            lap.wait()
+        return self._numbers()
+
     def hear(self, told: Sequence[str]) -> None:
         """Judge what all processes of the job have told, in their order; each text has one character before it."""
         if self._due:
@@ -125,10 +131,10 @@ class Watch:
             if factor == 1.0:
                 self._sums.forget(part)
         self._block.append([work, *[time for row in rows for time in row[2::2]]])
+        self._heard.append(self._block[-1])
         if len(self._block) == BLOCK:
             work, *sums = map(sum, zip(*self._block, strict=True))
             changes += self._sums.see(sums, work or 1)
-            self._blocks.append(sums)
             self._block.clear()
         if changes:
             self._say()
@@ -142,7 +148,7 @@ class Watch:
     def _say(self) -> None:
         """What has become slow and what is no longer; the steps until then tell nothing of those to come."""
         self._block.clear()
-        self._blocks.clear()
+        self._heard.clear()
         before, self.slow = self.slow, self._slow()
         if self._parts.star.number:
             return
@@ -155,14 +161,12 @@ class Watch:
 
     def exchange(self) -> None:
         """Tell and hear all that has not been told yet; collective."""
-        told = self._parts.star.everywhere(" " + self._numbers())
-        self._take([text for pipeline in told for text in pipeline])
+        everywhere = self._parts.star.everywhere(" " + self._all_numbers())
+        self._take([text for pipeline in everywhere for text in pipeline])
 
     def stats(self) -> Stats:
         """Of recent steps; collective."""
-        for _, lap in self._unread:
-            lap.wait()
-        everywhere = self._parts.star.everywhere([" " + self._numbers(), self._smooth()])
+        everywhere = self._parts.star.everywhere([" " + self._all_numbers(), self._smooth()])
         self._take([text for pipeline in everywhere for text, _ in pipeline])
         ranks = tuple(_stats(*rank) for pipeline in everywhere for _, own in pipeline for rank in own)
         return Stats(ranks, self._steps, dict(self.slow))
