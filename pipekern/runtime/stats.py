@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankStats:
-    """One rank's seconds a step, medians of the means of five steps each: ``stages[s][op]`` computing (F, B, W or BW);
+    """One rank's seconds a step, medians of three means over the last 15: ``stages[s][op]`` computing (F, B, W or BW);
     ``waiting`` for messages and gathered values; ``sending``, which never waits; ``step`` from its first instruction to
     its last.
     """

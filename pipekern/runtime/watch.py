@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from operator import itemgetter
 from statistics import fmean, median
 from typing import Any
@@ -27,7 +28,7 @@ from pipekern.trace.timeline import COMPUTE
 from pipekern.transport.value import tensors
 
 BLOCK = 5  # steps whose sums are judged together, and that are told at once: several cost hardly more than one
-BLOCKS = 3  # of whose means the median is told: what comes now and then counts, one stray does not
+GROUPS = 3  # of as many steps, of whose means the median is told
 _UNREAD = 64  # steps that are kept for an exchange at most
 
 
@@ -47,7 +48,7 @@ class Watch:
             for rank, kinds in self._sorted.items()
             for stage in schedule.stages_of(rank)
         ]
-        self._recent: deque[tuple[list[int], int]] = deque(maxlen=BLOCKS * BLOCK)
+        self._recent: deque[tuple[list[int], int]] = deque(maxlen=GROUPS * BLOCK)
         self._unread: deque[tuple[int, Lap]] = deque(maxlen=_UNREAD)
         self._steps = 0
         self._due = False  # whether this step's numbers are told, on all ranks
@@ -62,7 +63,7 @@ class Watch:
         self._sums = Drift(len(self._watched), SUMS)
         self.slow: dict[tuple[int, int], float] = {}
         self._block: list[list[int]] = []  # sums of the block that is not yet full, each step's after its work
-        self._heard: deque[list[int]] = deque(maxlen=BLOCKS * BLOCK)  # such rows of recent steps
+        self._heard: deque[list[int]] = deque(maxlen=GROUPS * BLOCK)  # such rows of recent steps
 
     @property
     def heard(self) -> int:
@@ -198,8 +199,9 @@ def _taker(where: Sequence[int]) -> Callable[[list[int]], tuple[int, ...]]:
 
 
 def _median_of_means(values: Sequence[float]) -> float:
-    """Of the means of BLOCK values each, from the newest on."""
-    return median(fmean(values[max(0, end - BLOCK) : end]) for end in range(len(values), 0, -BLOCK))
+    """Of GROUPS groups of neighbours: what comes now and then counts, one stray does not."""
+    ends = [len(values) * group // GROUPS for group in range(GROUPS + 1)]
+    return median(fmean(values[start:end]) for start, end in pairwise(ends) if start < end)
 
 
 def _stats(rows: Sequence[tuple[int, str, float]], step: float) -> RankStats:
