@@ -3,7 +3,7 @@
 A part is compared with its own history, and with what all have in common: x is the logarithm of its time over its usual
 one, z is x less the (lower) median of all parts' where that is above 0. So a step with more work, or a machine that is
 slower as a whole, is nobody's fault. z is summed as in E. S. Page's test (Continuous inspection schemes, Biometrika
-1954): S = max(0, S + z - allowance), and the part counts as slow from S > BOUND + NOISY noise on, where noise is the
+1954): S = max(0, S + z - allowance), and the part counts as slow from S > BOUND + noisy noise on, where noise is the
 mean of abs(z). One outlier adds at most clip - allowance. At 1.5 times, a part without noise is found in 4 or 5 steps,
 one with a noise of 0.1 in 6. The way back is a sum of allowance - z, of which an outlier adds as much as a usual step.
 """
@@ -17,7 +17,7 @@ from operator import lt
 from statistics import median
 from typing import NamedTuple
 
-BOUND, NOISY = 1.0, 4.0
+BOUND = 1.0
 BACK = 0.4  # the bound of the way back
 DOUBT = 0.2  # a sum that a single step of 1.5 times exceeds
 RECENT = 3  # steps whose median tells how much slower
@@ -28,18 +28,19 @@ RISE = 0.2  # the usual time follows up to that much above the first one, so tha
 
 
 class Scale(NamedTuple):
-    """Steps at first that are not looked at, steps after them whose medians are the usual times, and what the
-    logarithms are compared with.
+    """Steps at first that are not looked at, steps after them whose medians are the usual times, what logarithms are
+    compared with, and how much noise counts.
     """
 
     settling: int
     learning: int
     allowance: float
     clip: float
+    noisy: float
 
 
-STEPS = Scale(5, 20, 0.12, 0.45)  # 0.12 is the logarithm of 1.13
-SUMS = Scale(1, 12, 0.25, 0.7)  # over several steps, of times that scatter more; the logarithm of 1.28
+STEPS = Scale(5, 20, 0.12, 0.45, 4.0)  # 0.12 is the logarithm of 1.13
+SUMS = Scale(1, 12, 0.25, 0.7, 8.0)  # over several steps, of times that scatter more; the logarithm of 1.28
 
 
 class Change(NamedTuple):
@@ -57,7 +58,7 @@ class Drift:
     def __init__(self, parts: int, scale: Scale = STEPS):
         self.slow: dict[int, float] = {}
         self.in_doubt = False
-        self._settling, self._learning, self._allowance, self._clip = scale
+        self._settling, self._learning, self._allowance, self._clip, self._noisy = scale
         self._first: list[Sequence[float]] = []
         self._floor = 0.0
         self._usual = [0.0] * parts
@@ -134,7 +135,7 @@ class Drift:
             self.forget(part)
             return Change(part, 1.0)
         self._sums[part] = max(0.0, total + z - self._allowance)
-        if self._sums[part] <= BOUND + NOISY * self._noise[part]:
+        if self._sums[part] <= BOUND + self._noisy * self._noise[part]:
             return None
         self._sums[part] = 0.0
         self.slow[part] = self._factor(part)

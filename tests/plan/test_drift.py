@@ -139,7 +139,7 @@ def test_the_right_part_is_named_in_recorded_steps(name: str, factor: float) -> 
         assert found is not None and found[0] == part, f"{part} at {at}: {found}"
 
 
-@pytest.mark.parametrize(("name", "limit"), [("moderate", 4), ("shared", 8)])
+@pytest.mark.parametrize(("name", "limit"), [("moderate", 6), ("shared", 16)])
 def test_the_right_part_is_named_by_sums(name: str, limit: int) -> None:
     """They scatter more, and more with more load."""
     rows = Recorded.read(name).sums

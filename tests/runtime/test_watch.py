@@ -94,7 +94,6 @@ def test_a_slow_stage_is_named(processes: bool, policy: str) -> None:
     results = run(processes, _slowed, 3, 1, policy)
     for _, slow, over in results:
         assert slow.slow[1, 1] > 1, str(slow)
-        assert slow.slowest == (1, 1) and slow.imbalance > 1.2
         assert (1, 1) not in over.slow, str(over)
     lines = [line for line in results[0][0] if "stage 1 (rank 1)" in line]  # a busy machine may slow others, too
     assert len(lines) == 2 and "stage 1 (rank 1) has become" in lines[0] and "as fast as before" in lines[1], lines
