@@ -23,6 +23,7 @@ from pipekern.schedule.ir import Schedule
 EVERY = 5  # steps between two looks
 _LEAST = 8  # steps heard of that a judgement needs
 _GAIN = 0.05  # of a step: less is noise
+_SCATTER = 3  # times what the steps looked at scatter by: less is noise too; with 1 there is a vain move in 1 000 steps
 _HORIZON = 200  # steps within which a move must have paid for itself
 _CHANGED = 1.15  # times as long as before, or as short: then all is to be tried anew
 _SECONDS, _PER_BYTE = 0.1, 1e-9  # what a move takes, before one has shown it
@@ -54,7 +55,7 @@ class Rebalancer:
         places = zip(sizes, _homes(schedule, split), _homes(schedule, best.split), strict=True)
         seconds = max(self._seconds, _PER_BYTE * sum(size for size, before, after in places if before != after))
         gain = now - best.step
-        if gain < _GAIN * now or gain * _HORIZON < seconds:
+        if gain < max(_GAIN, _SCATTER * watch.scatter) * now or gain * _HORIZON < seconds:
             return None
         if max(self._tried.get(best.split, [0.0])) > (1 - _GAIN) * max(busy):
             return None

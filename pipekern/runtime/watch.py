@@ -82,6 +82,13 @@ class Watch:
             stages[stage] = max(stages[stage], _median_of_means(times) / 1e9)
         return stages
 
+    @property
+    def scatter(self) -> float:
+        """How far apart the means are of which :meth:`busy` is the median: the most that a stage's largest is above its
+        smallest, over the smallest; the same on every rank.
+        """
+        return max((max(times) / (min(times) or 1) - 1 for times in zip(*self._blocks, strict=True)), default=0.0)
+
     def note(self, batch: Batch) -> None:
         """Take the clocks of the step on ``batch`` that has just run."""
         work = 0 if batch.inputs is None else sum(tensor.numel() for tensor in tensors(batch.inputs[0]))
