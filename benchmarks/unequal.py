@@ -1,13 +1,14 @@
 """Steps on ranks of which one has become slow, with and without re-balancing, and what a move of layers costs.
 
-    python -m benchmarks.unequal [--rounds 15] [--out benchmarks/results/unequal.csv]
+    python -m benchmarks.unequal [--rounds 11] [--out benchmarks/results/unequal.csv]
 
-Two ranks of one thread, each pinned to a core; the GPT of pipeline_cpu.py, 1f1b. For each slow-down rank 1 gets a share
-of its core (examples/quota.py), and three pipelines take turns in shuffled rounds: ``still`` keeps its split,
-``rebalanced`` has rebalance="auto" and has settled, ``planned`` has the planner's split from the start. A step is
-`train_step`, from a barrier until every rank has ended it. ``optimum_ms`` is what the planner says of its split: the
-layers' costs are those of `pk.profile`, and a rank's speed what its computing takes meanwhile, by the clocks of
-``still``, over what the profile says of it. ``steps_until_moved`` counts from the slow-down on.
+Two ranks of one thread, each pinned to a core; a GPT of 12 layers, 128 wide, 64 tokens, 4 micro-batches of 4 samples,
+1f1b. For each slow-down rank 1 gets a share of its core (examples/quota.py), and three pipelines take turns in shuffled
+rounds: ``still`` keeps its split, ``rebalanced`` has rebalance="auto" and has settled, ``planned`` has the planner's
+split from the start. A step is `train_step`, from a barrier until every rank has ended it. ``optimum_ms`` is what the
+planner says of its split: the layers' costs are those of `pk.profile`, and a rank's speed what its computing takes
+meanwhile, by the clocks of ``still``, over what the profile says of it. ``steps_until_moved`` counts from the
+slow-down on.
 
 A move: one layer of so many bytes, without an optimizer, from one rank to the other and back in turn, by what
 `pk.Move` says; ``over_link`` is its time over that of as many bytes at the bandwidth of a link of shared memory, whose
@@ -44,8 +45,8 @@ from pipekern.transport.shm import ShmTransport
 
 SLOWER = (1.25, 1.5, 2.0, 4.0)
 SIZES = (1_000_000, 4_000_000, 16_000_000, 64_000_000, 250_000_000, 500_000_000)  # bytes
-SLOW = 1  # the rank that is slowed
-LEARNING, FOLLOWING = 32, 60  # steps before the first slow-down; at most until the split follows
+SLOW, MICROBATCHES = 1, 4  # the rank that is slowed
+LEARNING, FOLLOWING, SETTLING = 32, 40, 15  # steps before the first slow-down; until the split follows, at most; more
 MOVES = 9  # of each size
 MESSAGE = 64_000_000  # bytes, of the link's bandwidth
 
@@ -55,12 +56,12 @@ Row = dict[str, Any]
 def main() -> None:
     """Start two ranks, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="write a CSV file")
     options = parser.parse_args()
     start("benchmarks.unequal")
     dist.init_process_group("gloo")
-    rows = [*slow_downs(gpt(192, 12, 64, 4, 4, steps=1), options.rounds), *moves()]
+    rows = [*slow_downs(gpt(128, 12, 64, 4, MICROBATCHES, steps=1), options.rounds), *moves()]
     if dist.get_rank() == 0 and options.out:
         write(options.out, describe(), rows)
     dist.barrier()
@@ -121,13 +122,15 @@ def slowed(slower: float) -> Iterator[None]:
 
 
 def until_moved(pipe: pk.Pipeline, case: Case) -> int | None:
-    """Steps until the split changes; then as many as tell that it stays. None where it does not change."""
-    before, taken = pipe.split, None
+    """Steps until the split changes, after which there are some more. None where it does not change."""
+    before = pipe.split
     for step in range(FOLLOWING):
         pipe.train_step(case.x, case.y)
-        if taken is None and pipe.split != before:
-            taken = step + 1
-    return taken
+        if pipe.split != before:
+            for _ in range(SETTLING):
+                pipe.train_step(case.x, case.y)
+            return step + 1
+    return None
 
 
 def compare(running: dict[str, pk.Pipeline], case: Case, costs: pk.LayerCosts, rounds: int) -> Row:
@@ -182,7 +185,7 @@ def slowness_of(pipe: pk.Pipeline, costs: pk.LayerCosts) -> list[float]:
 def best(costs: pk.LayerCosts, pipe: pk.Pipeline, slowness: Sequence[float]) -> tuple[tuple[int, ...], float, float]:
     """The planner's split, and milliseconds of a step with it and with that of ``pipe``."""
     units = UnitCosts(costs.forward, costs.backward, costs.weight)
-    order = pk.schedule.build("1f1b", ranks=2, microbatches=4)
+    order = pk.schedule.build("1f1b", ranks=2, microbatches=MICROBATCHES)
     found = balance(units, order, slowness)
     return found.split, found.step / 1e3, predicted(pipe.split, units, order, slowness) / 1e3
 
