@@ -27,6 +27,7 @@ from pipekern.runtime.options import Options
 from pipekern.runtime.outgoing import LOSS_TAG, Outgoing
 from pipekern.runtime.runner import Held, Runner
 from pipekern.runtime.site import Site
+from pipekern.runtime.slices import Slices
 from pipekern.stage.division import Division
 from pipekern.stage.host import Host
 from pipekern.stage.offload import Offload
@@ -105,7 +106,17 @@ class Assembly:
             self.senders.get(f"{index}>{after}"),
             self.receivers.get(f"{after}>{index}"),
             self.senders.get(f"{index}>{before}"),
+            self._slices(before, index),
+            self._slices(index, after),
         )
+
+    def _slices(self, before: int | None, after: int | None) -> Slices | None:
+        """Of the messages between two stages, where that saves bytes between hosts."""
+        home = self.blueprint.schedule.stage_rank
+        if self.division is None or before is None or after is None:
+            return None
+        pair = min(home[before], home[after]), max(home[before], home[after])
+        return Slices(self.division.parts) if pair in self.site.apart else None
 
     def _detours(self, stage: Stage) -> Detours | None:
         direct, index = self.blueprint.direct, stage.index

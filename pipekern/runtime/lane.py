@@ -12,6 +12,8 @@ from pipekern.errors import MessageMismatch
 from pipekern.runtime.batch import Batch
 from pipekern.runtime.microbatch import to_device
 from pipekern.runtime.outgoing import BACKWARD_TAG, EVALUATE_TAG, FORWARD_TAG, GENERATE_TAG, Outgoing
+from pipekern.runtime.slices import Slices
+from pipekern.stage.alike import is_alike, mark
 from pipekern.stage.stage import detached
 from pipekern.transport.base import Receiver, Sender
 from pipekern.transport.value import tensors
@@ -19,12 +21,16 @@ from pipekern.transport.value import tensors
 
 @dataclass
 class Ends:
-    """A lane's link ends, None where the other stage is on this process's rank or there is none."""
+    """A lane's link ends, None where the other stage is on this process's rank or there is none; and what cuts the
+    messages of training with the stages before and after into slices, if anything does.
+    """
 
     forward_in: Receiver | None = None
     forward_out: Sender | None = None
     backward_in: Receiver | None = None
     backward_out: Sender | None = None
+    before: Slices | None = None
+    after: Slices | None = None
 
 
 class Lane:
@@ -76,7 +82,8 @@ class Lane:
         message = self._outgoing.receive(receiver, kind | batch.tag | microbatch)
         if message.digest:
             self._compare(message.digest, receiver)
-        self._inputs[microbatch] = message.value
+        slices = self._ends.before if kind == FORWARD_TAG else None
+        self._inputs[microbatch] = message.value if slices is None else slices.join(microbatch, message.value)
 
     def _compare(self, digest: int, receiver: Receiver) -> None:
         if self.batch.digest and self.batch.digest != digest:
@@ -95,7 +102,11 @@ class Lane:
     def hand_on(self, microbatch: int, value: Any) -> None:
         """Give the stage after what a forward made."""
         if self.next is not None:
-            self.next._inputs[microbatch] = detached(self._outgoing.own(value))
+            given = detached(self._outgoing.own(value))
+            for one, other in zip(tensors(value), tensors(given), strict=True) if self._ends.before is not None else ():
+                if one.requires_grad and is_alike(one):
+                    mark(other)
+            self.next._inputs[microbatch] = given
         else:
             self._outputs[microbatch] = value
 
@@ -117,17 +128,22 @@ class Lane:
         digest = self.batch.digest if microbatch == 0 else 0
         tag = kind | self.batch.tag | microbatch
         value = self._outputs.pop(microbatch)
-        self._outgoing.send(self._ends.forward_out, tag, value, digest, given=_computed(value))
+        given = _computed(value)
+        if kind == FORWARD_TAG and self._ends.after is not None:
+            value = self._ends.after.cut(value)
+        self._outgoing.send(self._ends.forward_out, tag, value, digest, given)
 
     # -- backward
 
     def receive_backward(self, microbatch: int) -> None:
         """RECV_B."""
         assert self._ends.backward_in is not None
-        into = None if self.beside is None else self.beside(self, microbatch)
+        slices = self._ends.after
+        into = None if self.beside is None or slices is not None else self.beside(self, microbatch)
         message = self._outgoing.receive(self._ends.backward_in, BACKWARD_TAG | self.batch.tag | microbatch, into)
         added = into is not None and message.value is into
-        self._gradients[microbatch] = None if added else to_device(message.value, self._device)
+        value = message.value if slices is None else slices.joined(message.value)
+        self._gradients[microbatch] = None if added else to_device(value, self._device)
 
     def received(self, microbatch: int) -> Any:
         """The gradient that has come over a link, and so is nobody else's; None if there is none yet."""
@@ -148,7 +164,9 @@ class Lane:
         """SEND_B."""
         assert self._ends.backward_out is not None
         tag = BACKWARD_TAG | self.batch.tag | microbatch
-        self._outgoing.send(self._ends.backward_out, tag, self._returned.pop(microbatch), given=True)
+        gradient, slices = self._returned.pop(microbatch), self._ends.before
+        value = gradient if slices is None else slices.cut_gradient(microbatch, gradient)
+        self._outgoing.send(self._ends.backward_out, tag, value, given=True)
 
 
 def _computed(value: Any) -> bool:

@@ -16,7 +16,8 @@ class Site:
     """One process: the ``rank`` of its pipeline that it is (None: it has all of them), and its ``place``.
 
     ``devices`` are by rank of the job, ``homes[p]`` the job's ranks of pipeline p by the pipeline's. ``replicas`` is
-    None where this process's stages have no others, ``bucket`` the most bytes that go between them at once.
+    None where this process's stages have no others, ``bucket`` the most bytes that go between them at once. ``apart``
+    are the pairs of ranks of a pipeline, least first, on two hosts, each with all tensor-parallel parts of its stages.
     """
 
     grid: Grid
@@ -26,6 +27,7 @@ class Site:
     homes: Sequence[Sequence[int]]
     replicas: Replicas | None
     bucket: int
+    apart: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def pipeline(self) -> int:

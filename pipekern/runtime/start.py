@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import combinations
 from typing import Any, TypeVar
 
 import torch
 
 from pipekern.errors import ConfigError, PipekernError
-from pipekern.parallel.mesh import FIRST, Grid, groups
+from pipekern.parallel.mesh import FIRST, Grid, Place, groups
 from pipekern.parallel.replicas import Replicas, speed
 from pipekern.parallel.tensor import Parts
 from pipekern.runtime.assembly import Assembly, build_stages, build_units
@@ -60,7 +61,16 @@ def _site(options: Options, world: World | None) -> Site:
     grid, device = compared(world, lambda: _grid(options, world))
     devices = [torch.device(row["device"]) for row in world.gather({"device": str(device)})]
     place, replicas = grid.place(world.rank), _replicas(options, world, grid, devices)
-    return Site(grid, place, place.pp, devices, grid.homes, replicas, _bucket(world, replicas, device))
+    bucket, apart = _bucket(world, replicas, device), _apart(grid, place, world.identities)
+    return Site(grid, place, place.pp, devices, grid.homes, replicas, bucket, apart)
+
+
+def _apart(grid: Grid, place: Place, identities: Sequence[Mapping[str, Any]]) -> frozenset[tuple[int, int]]:
+    """See ``Site``."""
+    pp, _, tp = grid.sizes
+    hosts = [[identities[grid.rank(Place(rank, place.dp, part))] for part in range(tp)] for rank in range(pp)]
+    whole = [rank for rank, rows in enumerate(hosts) if all(same_host(rows[0], row) for row in rows)]
+    return frozenset((a, b) for a, b in combinations(whole, 2) if not same_host(hosts[a][0], hosts[b][0]))
 
 
 def assembled(

@@ -74,6 +74,16 @@ def perceptrons(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(*(Mlp(dropout) for _ in range(4)))
 
 
+def layers() -> nn.Module:
+    """Two perceptrons, every layer of which may be a stage: some messages are in parts."""
+    both = (
+        layer
+        for _ in range(2)
+        for layer in (nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+    )
+    return nn.Sequential(*both)
+
+
 def tied_text() -> nn.Module:
     return Text(tied=True)
 
@@ -156,6 +166,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "perceptrons": Kind(perceptrons, {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}, F.mse_loss, vectors),
+    "layers": Kind(layers, {"[15]": ColwiseParallel(), "[37]": RowwiseParallel()}, F.mse_loss, vectors),
     "attention": Kind(Text, _ATTENTION | _MLP, token_loss, words),
     "ends": Kind(Text, _ATTENTION | _MLP | _ENDS, token_loss, words),
     "sequence": Kind(Text, _SEQUENCE, token_loss, words),

@@ -146,6 +146,13 @@ def _trained(cases: list[Case], seed: int) -> list[Trained]:
     return found
 
 
+def _distance(got: dict[str, Any], want: dict[str, Any]) -> float:
+    """The root of all squared differences, by that of all squares: the largest one has a tail of bad luck."""
+    assert got.keys() == want.keys()
+    off = sum(float((got[name] - value).double().square().sum()) for name, value in want.items())
+    return (off / sum(float(value.double().square().sum()) for value in want.values())) ** 0.5
+
+
 def _near(case: Case, got: Trained, seed: int) -> None:
     """Fail unless gradients and parameters are as near to float32's as those of the unsplit model in low precision."""
     kind, (model, batches) = KINDS[case.kind], _data(case.kind, seed)
@@ -155,8 +162,8 @@ def _near(case: Case, got: Trained, seed: int) -> None:
     low.step(batches[:1])
     reference.step(exact, kind.loss_fn, *batches[0])
     narrow, wide = low.gradients(), reference.gradients(exact)
-    error, allowed = difference(got.gradients, wide), difference(narrow, wide)
-    assert error <= 2 * allowed, f"{case}: gradients {error:.1e}, of the unsplit model {allowed:.1e}"
+    error, allowed = _distance(got.gradients, wide), _distance(narrow, wide)
+    assert error <= 1.5 * allowed, f"{case}: gradients {error:.1e}, of the unsplit model {allowed:.1e}"
     norm = float(torch.stack([p.grad.norm() for p in exact.parameters() if p.grad is not None]).norm())
     assert abs(float(got.norm) - norm) <= 2 * allowed * norm, f"{case}: norm {float(got.norm)}, wanted {norm}"
     for one, weights in ((low, low.masters), (None, exact)):
@@ -169,8 +176,8 @@ def _near(case: Case, got: Trained, seed: int) -> None:
             _ = reference.step(exact, kind.loss_fn, *batch) if one is None else one.step([batch])
     wanted = {name: p.detach() for name, p in exact.named_parameters(remove_duplicate=False)}
     own = {name: value for name, value in got.final.items() if name in wanted}
-    error, allowed = difference(own, wanted), difference(low.weights(), wanted)
-    assert error <= 2 * allowed, f"{case}: parameters {error:.1e}, of the unsplit model {allowed:.1e}"
+    error, allowed = _distance(own, wanted), _distance(low.weights(), wanted)
+    assert error <= 1.5 * allowed, f"{case}: parameters {error:.1e}, of the unsplit model {allowed:.1e}"
 
 
 @pytest.mark.parametrize("precision", DTYPES)
