@@ -182,9 +182,7 @@ def _near(case: Case, got: Trained, seed: int) -> None:
 
 @pytest.mark.parametrize("precision", DTYPES)
 def test_as_near_as_the_unsplit_model(precision: str, seed: int) -> None:
-    """Weights in parts, tied ones, and whole ones that are used on parts."""
-    kinds = ("perceptrons", "qwen3" if precision == "bf16" else "tied llama")
-    cases = [Case(kind, precision, {"tp": 2}, max_norm=0.1) for kind in kinds]
+    cases = [Case(kind, precision, {"tp": 2}, max_norm=0.1) for kind in ("perceptrons", "layers")]
     for case, got in zip(cases, _trained(cases, seed), strict=True):
         _near(case, got, seed)
 
@@ -199,7 +197,7 @@ def _same(one: Trained, other: Trained, case: Case) -> None:
 
 def test_shards_are_the_same_bits(seed: int) -> None:
     """Over the same parts and replicas, for every ``zero``; clipped they are near."""
-    for max_norm, zeros in ((None, range(4)), (0.1, (0, 2))):
+    for max_norm, zeros in ((None, (0, 1, 3)), (0.1, (0, 2))):
         cases = [Case("perceptrons", "bf16", {"dp": 2, "tp": 2}, zero, max_norm) for zero in zeros]
         first, *rest = _trained(cases, seed)
         for case, one in zip(cases[1:], rest, strict=True):
@@ -211,7 +209,9 @@ def test_shards_are_the_same_bits(seed: int) -> None:
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("kind", ["perceptrons", "llama", "tied llama", "qwen3"])
 def test_every_mesh(kind: str, precision: str, seed: int) -> None:
-    """Stages change no bit, ``zero`` neither; replicas are as near as one."""
+    """Stages change no bit, ``zero`` neither; replicas are as near as one. Also tied weights, and whole ones that are
+    used on parts.
+    """
     for dp in (1, 2):
         cases = [Case(kind, precision, {"pp": 1, "dp": dp, "tp": 2}, zero) for zero in range(4)]
         cut = [case._replace(mesh={**case.mesh, "pp": 2}) for case in cases]
