@@ -87,7 +87,9 @@ class Watch:
         """How far apart the means are of which :meth:`busy` is the median: the most that a stage's largest is above its
         smallest, over the smallest; the same on every rank.
         """
-        return max((max(times) / (min(times) or 1) - 1 for times in zip(*self._blocks, strict=True)), default=0.0)
+        _, *columns = zip(*self._heard, strict=True) if self._heard else [()]
+        groups = [_means(times) for times in columns]
+        return max((max(means) / (min(means) or 1) - 1 for means in groups), default=0.0)
 
     def note(self, batch: Batch) -> None:
         """Take the clocks of the step on ``batch`` that has just run."""
@@ -205,10 +207,15 @@ def _taker(where: Sequence[int]) -> Callable[[list[int]], tuple[int, ...]]:
     return itemgetter(*where) if len(where) > 1 else lambda spent: (spent[where[0]],)
 
 
-def _median_of_means(values: Sequence[float]) -> float:
-    """Of GROUPS groups of neighbours: what comes now and then counts, one stray does not."""
+def _means(values: Sequence[float]) -> list[float]:
+    """Of GROUPS groups of neighbours."""
     ends = [len(values) * group // GROUPS for group in range(GROUPS + 1)]
-    return median(fmean(values[start:end]) for start, end in pairwise(ends) if start < end)
+    return [fmean(values[start:end]) for start, end in pairwise(ends) if start < end]
+
+
+def _median_of_means(values: Sequence[float]) -> float:
+    """What comes now and then counts, one stray does not."""
+    return median(_means(values))
 
 
 def _stats(rows: Sequence[tuple[int, str, float]], step: float) -> RankStats:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 from pipekern.plan.pool import Pool
 from pipekern.plan.solver import Solver
@@ -34,7 +35,9 @@ def test_integers_beyond_128_bits() -> None:
     rng = random.Random()
     for _ in range(20):
         one, limit = pool(rng), rng.randint(5, 80)
-        rows = {name: [HUGE * value for value in getattr(one, name)] for name in ("done", "cuts", "caps")}
+        rows: dict[str, Any] = {
+            name: [HUGE * value for value in getattr(one, name)] for name in ("done", "cuts", "caps")
+        }
         huge = replace(one, held=[[HUGE * value for value in row] for row in one.held], **rows)
         found, known = Solver(huge).cheapest(HUGE * limit, huge.endless), Solver(one).cheapest(limit, one.endless)
         assert (found.cut and found.cut.total) == (known.cut and known.cut.total * HUGE)
