@@ -258,18 +258,3 @@ def test_a_weight_that_is_in_one_shard_alone(seed: int) -> None:
     for zero in range(4):
         got = union(values(launch(_scaled, 4, zero, seed)))
         assert distance(got, want) <= 1e-5, zero
-
-
-def _own_devices() -> list[str]:
-    layers = [nn.Linear(4, 4) for _ in range(4)]
-    devices = [f"cpu:{rank}" for rank in range(4)]
-    with pk.Pipeline(
-        nn.Sequential(*layers), loss_fn=nn.MSELoss(), microbatches=2, mesh={"dp": 2, "pp": 2}, devices=devices
-    ) as pipe:
-        pipe.train_step(torch.randn(4, 4), torch.randn(4, 4))
-        return [str(stage.device) for stage in pipe._parts.stages.values()]
-
-
-def test_devices_are_those_of_the_jobs_ranks() -> None:
-    """Also where a process is another rank of its pipeline than of the job."""
-    assert values(launch(_own_devices, 4)) == [[f"cpu:{rank}"] for rank in range(4)]
