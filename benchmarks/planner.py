@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write a CSV file")
     options = parser.parse_args()
     machine, rows = describe(), []
-    for row in [*_arranged(options.rounds), *_balanced(options.rounds)]:
+    for row in chain(_arranged(options.rounds), _balanced(options.rounds)):
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
     if options.out:
