@@ -12,7 +12,9 @@ from pipekern.plan.pool import Pool
 from pipekern.plan.solver import Solver
 from pipekern.plan.table import Cut
 
-_MOST = 2_000_000_000  # of Solver.spent: where a search may stop with a bound that is below what it has found
+_MOST = (
+    1_000_000_000  # of Solver.spent, from which on a search stops with a bound below what it has found; half for limits
+)
 
 
 class Best(NamedTuple):
@@ -52,7 +54,7 @@ def smallest_bottleneck(solver: Solver) -> Best:
         if best is None and found.least >= pool.endless:
             floor = low
     low = floor
-    while low < best.longest and solver.spent < _MOST:
+    while low < best.longest and solver.spent < _MOST // 2:
         middle = (low + best.longest - 1) // 2
         found = solver.cheapest(middle, pool.endless)
         if found.cut is not None:
