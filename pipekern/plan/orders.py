@@ -13,8 +13,6 @@ from pipekern.plan.solver import Solver
 from pipekern.plan.table import Cut
 
 _MOST = 1_000_000_000  # of Solver.spent: then a search stops, that for the bottleneck after half of it
-    1_000_000_000  # of Solver.spent, from which on a search stops with a bound below what it has found; half for limits
-)
 
 
 class Best(NamedTuple):
