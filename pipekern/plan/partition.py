@@ -19,6 +19,7 @@ from pipekern.plan.table import Cut
 from pipekern.schedule.exact import fractions, number, scaled
 
 _MOST_STATES = 1 << 24
+_COMPILED_BITS = 126
 _EXACT_BITS = 64
 _ROUNDED_BITS = 32  # so that the sums of costs of 53 bits mostly fit in the 126 of the compiled table
 
@@ -100,7 +101,8 @@ def partition_types(
 
     ``parts`` defaults to all devices. ``devices`` of the result are types. The search is over how many devices of each
     type are in use, with the bounds of Lagrange's relaxation of their numbers, until its result is proven or a set
-    amount of work is done: then ``gap`` tells how much better another one may be. Raises ``ConfigError`` also where
+    amount of work is done: then ``gap`` tells how much better another one may be. Costs are rounded down, as little as
+    fits them into 128 bits, which about 50 bits of each always do. Raises ``ConfigError`` also where
     there is no device or fewer than parts, and for more than 2²⁴ choices of counts, such as four types of 64.
     """
     if not counts or min(counts) < 0 or sum(counts) < 1 or len(speeds) != len(counts):
@@ -121,6 +123,8 @@ def partition_types(
             f"counts={list(counts)}: {pool.states} choices of how many are in use are more than {_MOST_STATES}; give "
             "devices in a fixed order, or take types that are nearly alike as one"
         )
+    wide = max(0, pool.beyond.bit_length() - _COMPILED_BITS)
+    pool = replace(pool, done=[done >> wide for done in pool.done], cuts=[cut >> wide for cut in pool.cuts])
     solver = Solver(pool)
     if microbatches is None:
         best = orders.smallest_bottleneck(solver)
@@ -180,7 +184,7 @@ class _Line:
             for a, b, device in zip(cut.bounds[:-1], cut.bounds[1:], cut.devices, strict=True)
         ]
         numbers = tuple(number(time, self.scale) for time in times)
-        return Partition(cut.bounds, number(cut.longest, self.scale), numbers, cut.devices, gap)
+        return Partition(cut.bounds, number(max(times), self.scale), numbers, cut.devices, gap)
 
 
 def _line(
