@@ -101,8 +101,8 @@ def partition_types(
 
     ``parts`` defaults to all devices. ``devices`` of the result are types. The search is over how many devices of each
     type are in use, with the bounds of Lagrange's relaxation of their numbers, until its result is proven or a set
-    amount of work is done: then ``gap`` tells how much better another one may be. Costs are rounded down, as little as
-    fits them into 128 bits, which about 50 bits of each always do. Raises ``ConfigError`` also where
+    amount of work is done: then ``gap`` tells how much better another one may be. Times that need
+    more than 128 bits with their bounds are rounded down to fewer. Raises ``ConfigError`` also where
     there is no device or fewer than parts, and for more than 2²⁴ choices of counts, such as four types of 64.
     """
     if not counts or min(counts) < 0 or sum(counts) < 1 or len(speeds) != len(counts):
