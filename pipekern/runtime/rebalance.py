@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import accumulate, chain, repeat
+from statistics import median
 
 from pipekern.plan.balance import UnitCosts, balance, predicted
 from pipekern.runtime.assembly import Assembly
-from pipekern.runtime.blueprint import unit_costs
+from pipekern.runtime.blueprint import Blueprint, unit_costs
 from pipekern.runtime.move import Move
 from pipekern.runtime.options import Options
 from pipekern.runtime.watch import Watch
@@ -22,8 +23,7 @@ from pipekern.schedule.ir import Schedule
 
 EVERY = 5  # steps between two looks
 _LEAST = 8  # steps heard of that a judgement needs
-_GAIN = 0.05  # of a step: less is noise
-_SCATTER = 3  # times what the steps looked at scatter by: less is noise too; with 1 there is a vain move in 1 000 steps
+_GAIN = 0.05  # of a step, by each group of recent steps: less is noise
 _HORIZON = 200  # steps within which a move must have paid for itself
 _CHANGED = 1.15  # times as long as before, or as short: then all is to be tried anew
 _SECONDS, _PER_BYTE = 0.1, 1e-9  # what a move takes, before one has shown it
@@ -41,28 +41,33 @@ class Rebalancer:
 
     def better(self, parts: Assembly, watch: Watch, options: Options) -> Split | None:
         """Units a stage that pay for the move to them; None where nothing does, or too few steps are heard of."""
-        stages = watch.busy()
-        if stages is None or watch.heard < _LEAST:
-            return None
         blueprint, schedule = parts.blueprint, parts.blueprint.schedule
+        if watch.heard < _LEAST:
+            return None
         split = tuple(map(len, blueprint.stages))
-        busy = [sum(stages[stage] for stage in schedule.stages_of(rank)) for rank in range(schedule.ranks)]
+        groups = [[sum(row[s] for s in schedule.stages_of(r)) for r in range(schedule.ranks)] for row in watch.groups()]
+        busy = list(map(median, zip(*groups, strict=True)))
         self._note(split, busy)
         costs = UnitCosts(*unit_costs(options.split, blueprint.units))
-        slowness = _slowness(costs, schedule, split, busy)
-        now, best = predicted(split, costs, schedule, slowness), balance(costs, schedule, slowness)
-        sizes = [_STATES * sum(p.numel() for _, p in unit.named_parameters()) for unit in blueprint.units]
-        places = zip(sizes, _homes(schedule, split), _homes(schedule, best.split), strict=True)
-        seconds = max(self._seconds, _PER_BYTE * sum(size for size, before, after in places if before != after))
-        gain = now - best.step
-        if gain < max(_GAIN, _SCATTER * watch.scatter) * now or gain * _HORIZON < seconds:
+        best = balance(costs, schedule, _slowness(costs, schedule, split, busy))
+
+        def steps(busy: Sequence[float]) -> tuple[float, float]:
+            slowness = _slowness(costs, schedule, split, busy)
+            return predicted(split, costs, schedule, slowness), predicted(best.split, costs, schedule, slowness)
+
+        (now, then), *others = map(steps, [busy, *groups])
+        if any(after > (1 - _GAIN) * before for before, after in [(now, then), *others]):
+            return None
+        places = zip(_sizes(blueprint), _homes(schedule, split), _homes(schedule, best.split), strict=True)
+        moving = sum(size for size, before, after in places if before != after)
+        if (now - then) * _HORIZON < max(self._seconds, _PER_BYTE * moving):
             return None
         if max(self._tried.get(best.split, [0.0])) > (1 - _GAIN) * max(busy):
             return None
         if parts.star.number == 0:
             computing = ", ".join(f"{one * 1e3:.3g}" for one in busy)
             text = "ranks compute %s ms a step; split %s instead of %s should take %.3g ms a step instead of %.3g"
-            logging.getLogger("pipekern").info(text, computing, best.split, split, best.step * 1e3, now * 1e3)
+            logging.getLogger("pipekern").info(text, computing, best.split, split, then * 1e3, now * 1e3)
         return best.split
 
     def _note(self, split: Split, busy: Sequence[float]) -> None:
@@ -74,6 +79,11 @@ class Rebalancer:
     def learn(self, move: Move) -> None:
         """Take from ``move`` how long the next one will take."""
         self._seconds = move.seconds
+
+
+def _sizes(blueprint: Blueprint) -> list[int]:
+    """Bytes of every unit with all that moves with it."""
+    return [_STATES * sum(p.numel() for _, p in unit.named_parameters()) for unit in blueprint.units]
 
 
 def _homes(schedule: Schedule, split: Split) -> list[int]:

@@ -71,25 +71,24 @@ class Watch:
         return len(self._heard)
 
     def busy(self) -> list[float] | None:
-        """Seconds a step that each stage of the schedule computes, of replicas the slowest; the same numbers on every
-        rank. None until five steps are heard of since the start, or since a stage became slow or fast again.
+        """Seconds a step that each stage of the schedule computes: the median of :meth:`groups`, None without them."""
+        return list(map(median, zip(*self.groups(), strict=True))) or None
+
+    def groups(self) -> list[list[float]]:
+        """For each of GROUPS groups of recent steps the seconds a step that each stage of the schedule computes, of
+        replicas the slowest; the same numbers on every rank. Empty until five steps are heard of since the start, or
+        since a stage became slow or fast again.
         """
         if len(self._heard) < BLOCK:
-            return None
-        stages = [0.0] * self._parts.blueprint.schedule.stages
+            return []
         _, *columns = zip(*self._heard, strict=True)
-        for (_, stage), times in zip(self._watched, columns, strict=True):
-            stages[stage] = max(stages[stage], _median_of_means(times) / 1e9)
-        return stages
-
-    @property
-    def scatter(self) -> float:
-        """How far apart the means are of which :meth:`busy` is the median: the most that a stage's largest is above its
-        smallest, over the smallest; the same on every rank.
-        """
-        _, *columns = zip(*self._heard, strict=True) if self._heard else [()]
-        groups = [_means(times) for times in columns]
-        return max((max(means) / (min(means) or 1) - 1 for means in groups), default=0.0)
+        found = []
+        for means in zip(*map(_means, columns), strict=True):
+            stages = [0.0] * self._parts.blueprint.schedule.stages
+            for (_, stage), nanoseconds in zip(self._watched, means, strict=True):
+                stages[stage] = max(stages[stage], nanoseconds / 1e9)
+            found.append(stages)
+        return found
 
     def note(self, batch: Batch) -> None:
         """Take the clocks of the step on ``batch`` that has just run."""

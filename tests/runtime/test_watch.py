@@ -163,12 +163,13 @@ def test_what_is_busy_starts_anew_with_a_change() -> None:
     with heard_by_hand() as (watch, hear):
         for step in range(READY + 20):
             hear(4, 4, 5, 100 if step == READY + 17 else 5)
-        assert watch.busy() == [0.005, 0.005] and watch.heard == 15 and watch.scatter == pytest.approx(19 / 5)
+        assert watch.busy() == [0.005, 0.005] and watch.heard == 15
+        assert sorted(row[1] for row in watch.groups()) == pytest.approx([0.005, 0.005, 0.024])
         for times, steps, slow in (((4, 8, 5, 10), 4, {(1, 1)}), ((4, 4, 5, 5), 4, set())):
             for _ in range(steps):
                 assert watch.slow.keys() != slow
                 hear(*times)
-            assert watch.slow.keys() == slow and watch.busy() is None and watch.scatter == 0
+            assert watch.slow.keys() == slow and watch.busy() is None and watch.groups() == []
             for _ in range(5):
                 hear(*times)
             assert watch.busy() == [0.005, times[3] / 1000] and watch.heard == 5
