@@ -39,6 +39,7 @@ def _shards() -> list[list[tuple[str, int, list[float]]]]:
             assert p.grad is not None
             p.grad += p.detach()
     for bucket in buckets:
+        bucket.seal()
         bucket.reduce()
     for bucket in buckets:
         bucket.finish()
