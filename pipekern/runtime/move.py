@@ -70,7 +70,7 @@ def propose(before: Assembly, options: Options, optimizer: torch.optim.Optimizer
         refuse(before, optimizer)
         return None, {}
 
-    world = None if before.rank is None else join(options.transport, options.timeout)
+    world = None if before.rank is None else join(options.transport, options.timeout, before.transport.check)
     try:
         compared(world, checked)
         return Proposal(*agreed(options, world, before.site, before), world)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 
 from pipekern.errors import TransportTimeout
 from pipekern.transport.agree import SLICE, Store, named
 
 
-def meet(store: Store, rank: int, ranks: int, timeout: float) -> str:
+def meet(store: Store, rank: int, ranks: int, timeout: float, check: Callable[[], object] = lambda: None) -> str:
     """The name; collective. ``store`` may hold anything of earlier meetings, also of those that were broken off.
+    ``check`` is called while it waits, and may raise.
 
     Raises ``TransportTimeout`` naming the ranks that have not come after ``timeout`` seconds.
     """
@@ -32,6 +34,7 @@ def meet(store: Store, rank: int, ranks: int, timeout: float) -> str:
 
     deadline, pause = time.monotonic() + timeout, 0.0005
     while missing := unseen():
+        check()
         if time.monotonic() > deadline:
             raise TransportTimeout(
                 f"the {ranks} ranks did not meet within {timeout:g} s: rank {rank} has not seen {named(missing)}. "

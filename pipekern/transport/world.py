@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -31,12 +31,12 @@ _SHARED = ("boot", "net", "pid_namespace")  # what two processes share on one ho
 class World:
     """This process among ``size`` ranks; :func:`join` makes it. ``identities``: :func:`identity` of each rank."""
 
-    def __init__(self, timeout: float):
+    def __init__(self, timeout: float, check: Callable[[], object]):
         self.rank, self.size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
-        self._gathers = 0
+        self._gathers, self._check = 0, check
         # A connection of its own: whoever waits in the default one blocks it.
         store = c10d._get_default_store().clone()  # type: ignore[attr-defined]  # missing in torch's stubs
-        name = meet(store, self.rank, self.size, timeout)
+        name = meet(store, self.rank, self.size, timeout, check)
         self._store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]  # not re-exported
         in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.control = Control(self._store, self.rank, self.size, timeout, None if in_launcher else 0)
@@ -53,11 +53,15 @@ class World:
         self._gathers += 1
         name = f"gather/{self._gathers}"
         try:
-            return gather_json(self._store, name, self.rank, self.size, row, self.timeout, self.control.left)
+            return gather_json(self._store, name, self.rank, self.size, row, self.timeout, self._left)
         except dist.DistError as error:
             self.control.store_lost(error)
             self.control.check()
             raise
+
+    def _left(self, rank: int) -> bool:
+        self._check()
+        return self.control.left(rank)
 
     def abort(self, error: BaseException, where: str) -> None:
         """Make every rank of the job raise."""
@@ -68,12 +72,13 @@ class World:
         self.control.leave()
 
 
-def join(name: str, timeout: float) -> World | None:
+def join(name: str, timeout: float, check: Callable[[], object] = lambda: None) -> World | None:
     """Meet the other ranks of a launcher; None where this process has every rank.
 
     That is so for the transports "local" and "null", and for "auto" and "cuda" with neither a process group nor the
     env:// variables RANK and WORLD_SIZE. A default process group is used if there is one, else made, over gloo.
-    ``timeout`` in seconds bounds every wait for ranks that do not come. Raises ``ConfigError``, ``TransportTimeout``.
+    ``timeout`` in seconds bounds every wait for ranks that do not come; ``check`` is called meanwhile, and may raise
+    what an earlier job of the same ranks has heard of them. Raises ``ConfigError``, ``TransportTimeout``.
     """
     if name in ("local", "null"):
         return None
@@ -95,7 +100,7 @@ def join(name: str, timeout: float) -> World | None:
                 "MASTER_ADDR and MASTER_PORT, or give a longer timeout"
             ) from error
         atexit.register(_destroy_group)  # and not in close: another pipeline may use it by then
-    return World(timeout)
+    return World(timeout, check)
 
 
 def _form_group(timeout: timedelta) -> None:

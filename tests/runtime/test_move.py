@@ -365,3 +365,22 @@ def test_a_rank_dies_while_all_move(points: int, tmp_path: Path) -> None:
                 assert survived.at - struck < WITHIN, f"after {survived.at - struck:.1f} s"
         Checkpoint(folder).verify()
         assert same(list(_loaded(str(folder))), list(wanted))
+
+
+def _die_first(ranks: int, victim: int) -> tuple[str, int]:
+    case = Case("everything", ranks, "1f1b", 0)
+    pipe, _ = case.pipeline(0)
+    if pipe._parts.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        pipe.replan(split=cuts(case.units, ranks, random.Random(0)))
+    except pk.PipekernError as error:
+        return type(error).__name__, getattr(error, "rank", -1)
+    return "", -1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_died_before_the_others_meet(victim: int) -> None:
+    """They do not wait for it to come until their timeout: the links that they still have know."""
+    outcomes = launch(_die_first, 3, 3, victim, timeout=20.0)  # and not the 30 s of the pipeline
+    assert [o.value for o in outcomes if o.rank != victim] == [("PeerDied", victim)] * 2, outcomes
