@@ -16,6 +16,7 @@ import sys
 import time
 from types import TracebackType
 
+LONGEST = 0.1  # seconds of a stop, whatever this process itself had to wait for its turn
 PERIOD = 0.004  # seconds; as short as sleeping is exact, for work between two messages shall meet several
 
 
@@ -44,7 +45,8 @@ def keep(pid: int, slower: float) -> None:
         os.kill(pid, signal.SIGSTOP)
         middle = time.perf_counter()
         ran += middle - start
-        time.sleep(max(0.0, ran * (slower - 1) - stopped))  # where a sleep was too long, the next ones make up for it
+        owed = ran * (slower - 1) - stopped  # where a sleep was too long, the next ones make up for it, bit by bit
+        time.sleep(min(max(0.0, owed), LONGEST))
         os.kill(pid, signal.SIGCONT)
         stopped += time.perf_counter() - middle
 
