@@ -25,7 +25,7 @@ from pipekern.runtime.outgoing import MOVE_TAG
 from pipekern.runtime.start import agreed, assembled, compared
 from pipekern.transport.world import World, join
 
-_CHUNK = 1 << 23  # bytes of a message: links keep slots of the largest one that they have carried
+_CHUNK = 1 << 20  # bytes of a message, that a cache holds; links keep slots of the largest one that they have carried
 _PARAMETER = -1
 
 
