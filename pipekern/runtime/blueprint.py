@@ -104,6 +104,7 @@ class Blueprint:
             "buckets": [self.layouts.get(stage) for stage in range(self.schedule.stages)],
             "tensor-parallel plan": [f"{name} {type(style).__name__}" for name, style in self.styles.items()],
             "parameters": [f"{name} {list(p.shape)}" for name, p in parameters],
+            "tied weights": [[[rank, name] for rank, name in sorted(tie.names.items())] for tie in self.ties],
             "dtype": ", ".join(sorted({str(p.dtype) for _, p in parameters})),
             "version of pipekern": __version__,
         }
