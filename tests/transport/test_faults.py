@@ -184,7 +184,7 @@ def all_wait(ends: Ends) -> Steps:
 
 @on_processes
 def test_all_ranks_waiting_is_a_timeout(transport: str) -> None:
-    for outcome in run_to_failure(transport, all_wait, timeout=0.5):
+    for outcome in run_to_failure(transport, all_wait, timeout=1.0):
         kind, rank, text = outcome.value
         assert (kind, rank) == ("TransportTimeout", -1)
         assert all(f"rank {r}" in text for r in range(4))
@@ -204,7 +204,7 @@ def send_without_receiver(ends: Ends) -> Steps:
 
 @on_processes
 def test_all_ranks_without_a_free_slot_is_a_timeout(transport: str) -> None:
-    for outcome in run_to_failure(transport, send_without_receiver, timeout=0.5):
+    for outcome in run_to_failure(transport, send_without_receiver, timeout=1.0):
         assert outcome.error is None, outcome.error
 
 
