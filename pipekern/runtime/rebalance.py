@@ -23,7 +23,7 @@ from pipekern.schedule.ir import Schedule
 
 EVERY = 5  # steps between two looks
 _LEAST = 8  # steps heard of that a judgement needs
-_GAIN = 0.05  # of a step, by each group of recent steps: less is noise
+_GAIN = 0.05  # of a step, by each group of recent steps, and more than these differ by: less is noise
 _HORIZON = 200  # steps within which a move must have paid for itself
 _CHANGED = 1.15  # times as long as before, or as short: then all is to be tried anew
 _SECONDS, _PER_BYTE = 0.1, 1e-9  # what a move takes, before one has shown it
@@ -56,7 +56,8 @@ class Rebalancer:
             return predicted(split, costs, schedule, slowness), predicted(best.split, costs, schedule, slowness)
 
         (now, then), *others = map(steps, [busy, *groups])
-        if any(after > (1 - _GAIN) * before for before, after in [(now, then), *others]):
+        gains = [1 - after / before for before, after in [(now, then), *others]]
+        if min(gains) < max(_GAIN, max(gains) - min(gains)):
             return None
         places = zip(_sizes(blueprint), _homes(schedule, split), _homes(schedule, best.split), strict=True)
         moving = sum(size for size, before, after in places if before != after)
