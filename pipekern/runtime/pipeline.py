@@ -162,7 +162,6 @@ class Pipeline:
         ``x`` is needed where the first stage is, ``y`` where the last is; elsewhere they may be None.
         """
         if self._options.rebalance and self._step % EVERY == 0:
-            moving.refuse(self._parts, self._optimizer)
             self.rebalance()
         with self._running():
             loss, trouble = self._training.step(self._batch(x, y, training=True), self._run)
@@ -313,15 +312,21 @@ class Pipeline:
         """Go on with the split that is best for the speeds measured in recent steps, where it pays: by 5 % of a step
         at least, and for the move within 200 steps. Collective, between two steps.
 
-        Returns None where nothing moves, or less than 8 steps have been seen. Else as :meth:`replan`. Costs of layers,
-        relative to each other, are those in ``split``, or estimated.
+        Returns None where nothing moves, or less than 8 steps have been seen. Else as :meth:`replan`; but a split that
+        cannot be had (for ``memory``, or a module that it would divide) is told in the log, and training goes on. Costs
+        of layers, relative to each other, are those in ``split``, or estimated.
         """
+        moving.refuse(self._parts, self._optimizer)
         with self._running():
             self._training.watch.exchange()
         counts = self._rebalancer.better(self._parts, self._training.watch, self._options)
         if counts is None:
             return None
-        return self._replan(replace(self._options, schedule=self._parts.blueprint.schedule, counts=counts))
+        try:
+            return self._replan(replace(self._options, schedule=self._parts.blueprint.schedule, counts=counts))
+        except (ConfigError, ScheduleError) as error:  # on all ranks alike, and nothing has changed
+            self._rebalancer.refused(counts, error)
+            return None
 
     # -- parameters
 

@@ -38,6 +38,7 @@ class Rebalancer:
     def __init__(self) -> None:
         self._seconds = _SECONDS
         self._tried: dict[Split, list[float]] = {}  # what ranks computed in a step, by split
+        self._refused: set[Split] = set()
 
     def better(self, parts: Assembly, watch: Watch, options: Options) -> Split | None:
         """Units a stage that pay for the move to them; None where nothing does, or too few steps are heard of."""
@@ -63,7 +64,7 @@ class Rebalancer:
         moving = sum(size for size, before, after in places if before != after)
         if (now - then) * _HORIZON < max(self._seconds, _PER_BYTE * moving):
             return None
-        if max(self._tried.get(best.split, [0.0])) > (1 - _GAIN) * max(busy):
+        if best.split in self._refused or max(self._tried.get(best.split, [0.0])) > (1 - _GAIN) * max(busy):
             return None
         if parts.star.number == 0:
             computing = ", ".join(f"{one * 1e3:.3g}" for one in busy)
@@ -75,7 +76,13 @@ class Rebalancer:
         before = self._tried.get(split, busy)
         if any(max(a, b) > _CHANGED * min(a, b) for a, b in zip(before, busy, strict=True)):
             self._tried.clear()
+            self._refused.clear()
         self._tried.setdefault(split, list(busy))
+
+    def refused(self, split: Split, error: Exception) -> None:
+        """Leave ``split`` alone, which cannot be had, until the speed of a rank changes."""
+        self._refused.add(split)
+        logging.getLogger("pipekern").warning("split %s would be better, and cannot be had: %s", split, error)
 
     def learn(self, move: Move) -> None:
         """Take from ``move`` how long the next one will take."""

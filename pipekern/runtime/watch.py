@@ -67,12 +67,8 @@ class Watch:
 
     @property
     def heard(self) -> int:
-        """Of how many recent steps :meth:`busy` tells."""
+        """Of how many recent steps :meth:`groups` tells."""
         return len(self._heard)
-
-    def busy(self) -> list[float] | None:
-        """Seconds a step that each stage of the schedule computes: the median of :meth:`groups`, None without them."""
-        return list(map(median, zip(*self.groups(), strict=True))) or None
 
     def groups(self) -> list[list[float]]:
         """For each of GROUPS groups of recent steps the seconds a step that each stage of the schedule computes, of

@@ -44,11 +44,11 @@ class Trial(NamedTuple):
         schedule = generator.choice(["1f1b", "gpipe", "zb-h1"])
         return cls(ranks, schedule, seconds, known, generator.randrange(ranks), 2.0, slight, seed)
 
-    def pipeline(self, machine: Machine, **options: Any) -> pk.Pipeline:
+    def pipeline(self, machine: Machine, net: nn.Module | None = None, **options: Any) -> pk.Pipeline:
         split = pk.LayerCosts.given(self.seconds) if self.known else None
         pipe = pk.Pipeline(
-            machine.net(), loss_fn=nn.MSELoss(), microbatches=2 * self.ranks, ranks=self.ranks, schedule=self.schedule,
-            split=split, timeout=30.0, **options,
+            net or machine.net(), loss_fn=nn.MSELoss(), microbatches=2 * self.ranks, ranks=self.ranks,
+            schedule=self.schedule, split=split, timeout=30.0, **options,
         )  # fmt: skip
         pipe.optimizer(torch.optim.SGD, lr=0.0)
         return pipe
@@ -186,3 +186,21 @@ def test_before_the_first_step() -> None:
     """Nothing is known yet, so nothing moves."""
     with pk.Pipeline(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), loss_fn=nn.MSELoss(), microbatches=1) as pipe:
         assert pipe.rebalance() is None
+
+
+def test_a_split_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
+    """Layers 8 and 9 share running statistics, which the best split would divide: it is told once, training goes on."""
+    trial = Trial(2, "1f1b", (0.01,) * 12, False, victim=1, slower=2.0, noise=quiet, seed=0)
+    machine, x = Machine(trial.seconds, 2, quiet, random.Random(0)), torch.ones(8, 4)
+    net = machine.net()
+    net[8].norm = net[9].norm = nn.BatchNorm1d(4)
+    with trial.pipeline(machine, net=net, rebalance="auto") as pipe, machine.running(pipe):
+        machine.slower[1] = 2.0
+        with caplog.at_level("WARNING", "pipekern"):
+            for _ in range(CLEAN):
+                pipe.train_step(x, x)
+        assert pipe.split == (6, 6) and pipe.rebalance() is None
+        assert pipe.replan(split=[10, 2]).after == (10, 2)
+        pipe.train_step(x, x)
+    (line,) = [record.getMessage() for record in caplog.records if "cannot be had" in record.getMessage()]
+    assert "(9, 3)" in line and "share" in line
