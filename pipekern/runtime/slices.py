@@ -26,7 +26,7 @@ class Slices:
 
     def __init__(self, parts: Parts):
         self._parts = parts
-        self._known: dict[tuple[int, ...], list[bool]] = {}  # what is sliced, by numbers of elements
+        self._same: dict[tuple[int, ...], dict[int, bool]] = {}  # what had the same bits, by numbers of elements
         self._came: dict[int, list[bool]] = {}  # by micro-batch: which leaves of what came were sliced
 
     def cut(self, value: Any) -> tuple[list[list[int]], Any]:
@@ -56,17 +56,21 @@ class Slices:
 
     def _cut(self, value: Any, able: Callable[[Tensor], bool]) -> tuple[list[list[int]], Any]:
         found = distinct(tensors(value))
-        key = tuple(tensor.numel() for tensor in found)
-        if key not in self._known:
-            self._known[key] = [self._divides(tensor) and able(tensor) and self._same(tensor) for tensor in found]
-        sliced = [(i, tensor) for i, (tensor, one) in enumerate(zip(found, self._known[key], strict=True)) if one]
+        same = self._same.setdefault(tuple(tensor.numel() for tensor in found), {})
+        sliced: list[tuple[int, Tensor]] = []
+        for i, tensor in enumerate(found):
+            if self._divides(tensor) and able(tensor):  # each time: a forward may go another way
+                if i not in same:
+                    same[i] = self._compare(tensor)
+                if same[i]:
+                    sliced.append((i, tensor))
         slices = {id(tensor): self._slice(tensor.reshape(-1)) for _, tensor in sliced}
         return [[i, *tensor.shape] for i, tensor in sliced], map_tensors(lambda t: slices.get(id(t), t), value)
 
     def _divides(self, tensor: Tensor) -> bool:
         return tensor.is_floating_point() and tensor.numel() % self._parts.size == 0 and tensor.nbytes >= _LEAST
 
-    def _same(self, tensor: Tensor) -> bool:
+    def _compare(self, tensor: Tensor) -> bool:
         """Whether all parts have the same bits: a style that does not say what it returns is found out so."""
         own = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         rows = own.new_empty(self._parts.size, len(own))
